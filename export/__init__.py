@@ -1,0 +1,1 @@
+"""From an RLlib checkpoint to a bundle that was shown to act as RLlib does."""

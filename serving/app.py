@@ -1,0 +1,209 @@
+"""The ordinary web application of a replica: everything but the fast lane, and that as well.
+
+Where Serve's middlewares cannot be used, `compute_action` arrives here and is answered by the
+same handler.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from serving.errors import MethodNotAllowedError, NotFoundError, PolicyServingError
+from serving.fast_lane import PREFIX, SUFFIX, ComputeActionHandler
+from serving.metrics import CONTENT_TYPE
+from serving.schemas import Health, PolicyDescription, PolicyList, Problem
+from serving.service import (
+    Answer,
+    PolicyService,
+    PolicyServices,
+    problem_answer,
+    unexpected_answer,
+)
+
+logger = logging.getLogger("policyserve")
+
+_PROBLEM_CONTENT = {
+    "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
+}
+_COMPUTE_PROBLEMS = {
+    400: "The body is not JSON.",
+    404: "No such policy, or version of it.",
+    413: "The body or the batch is too large.",
+    415: "Not JSON, or compressed.",
+    422: "An observation outside the space, or a request outside the schema.",
+    500: "The engine failed.",
+    503: "The queue is full or the server not ready; see Retry-After.",
+    504: "`timeout_ms` passed.",
+}
+
+
+def build_app(
+    services: PolicyServices, handler: ComputeActionHandler, *, version: str = "0"
+) -> FastAPI:
+    """The application of a process that serves `services`.
+
+    Args:
+        services: What is served.
+        handler: The one `compute_action` handler of the process.
+        version: The product's version, for the API description.
+    """
+    # The interactive docs come from the installed package: a server may have no internet.
+    app = FastAPIOffline(title="policyserve", version=version, redoc_url=None)
+    _add_errors(app)
+    _add_probes(app, services)
+    _add_policies(app, services)
+    app.router.routes.append(Route(f"{PREFIX}{{policy}}{SUFFIX}", endpoint=handler))
+    app.openapi = lambda: _openapi(app, services)  # type: ignore[method-assign]
+    return app
+
+
+def _response(answer: Answer) -> Response:
+    headers = {name.decode(): value.decode() for name, value in answer.headers}
+    return Response(
+        answer.body, answer.status, headers=headers, media_type=answer.content_type.decode()
+    )
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(PolicyServingError)
+    async def on_known(_: Request, exc: PolicyServingError) -> Response:
+        return _response(problem_answer(exc))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, exc: HTTPException) -> Response:
+        if exc.status_code == 405:
+            response = _response(
+                problem_answer(
+                    MethodNotAllowedError(f"{request.method} is not answered at {request.url.path}")
+                )
+            )
+            response.headers.update(exc.headers or {})
+            return response
+        return _response(
+            problem_answer(
+                NotFoundError(f"nothing is at {request.url.path}; /docs lists the endpoints")
+            )
+        )
+
+    @app.exception_handler(Exception)
+    async def on_unexpected(request: Request, exc: Exception) -> Response:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=exc)
+        return _response(unexpected_answer())
+
+
+def _add_probes(app: FastAPI, services: PolicyServices) -> None:
+    @app.get("/healthz", tags=["operation"])
+    async def healthz() -> Health:
+        """Whether the process runs."""
+        return Health(status="ok")
+
+    @app.get(
+        "/readyz",
+        tags=["operation"],
+        responses={503: {"description": "Not ready.", "content": _PROBLEM_CONTENT}},
+    )
+    async def readyz() -> Health:
+        """Whether every policy is loaded, verified against its golden vectors, and serving."""
+        services.require_ready()
+        return Health(status="ready")
+
+    @app.get("/metrics", tags=["operation"], response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus metrics of all replicas on this machine; docs/metrics.md explains each."""
+        return Response(services.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+def _add_policies(app: FastAPI, services: PolicyServices) -> None:
+    @app.get("/v1/policies", tags=["policies"])
+    async def list_policies() -> PolicyList:
+        """What is served."""
+        return PolicyList(
+            policies=[PolicyDescription(**service.describe()) for service in services]
+        )
+
+    @app.get(
+        "/v1/policies/{policy}",
+        tags=["policies"],
+        responses={404: {"description": "No such policy.", "content": _PROBLEM_CONTENT}},
+    )
+    async def describe_policy(policy: str) -> PolicyDescription:
+        """What a policy expects and returns, where it came from, and how it was proved."""
+        return PolicyDescription(**services.require(policy).describe())
+
+
+def _openapi(app: FastAPI, services: PolicyServices) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        # FastAPI documents validation errors of its own, which no endpoint here answers.
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        schemas["Problem"] = Problem.model_json_schema()
+        for service in services:
+            schema["paths"][f"{PREFIX}{service.name}{SUFFIX}"] = {"post": _operation(service)}
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def _operation(service: PolicyService) -> dict[str, Any]:
+    """`compute_action` of one policy, with the schema of its own observations."""
+    (request,), components = msgspec.json.schema_components(
+        [service.codec.request_type], ref_template="#/components/schemas/{name}"
+    )
+    name = request["$ref"].rsplit("/", 1)[-1]
+    body = components[name]
+    body.pop("title", None)
+    example = np.zeros(service.policy.manifest.observation_space.shape).tolist()
+    return {
+        "tags": ["actions"],
+        "operationId": f"compute_action_{service.name}",
+        "summary": f"One action or many from {service.name}: {service.describe()['summary']}",
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": body, "example": {"observation": example}}},
+        },
+        "responses": {
+            "200": {
+                "description": "`action` for `observation`, `actions` for `observations`.",
+                "content": {"application/json": {"schema": _answer_schema(service)}},
+            },
+            **{
+                str(status): {"description": text, "content": _PROBLEM_CONTENT}
+                for status, text in _COMPUTE_PROBLEMS.items()
+            },
+        },
+    }
+
+
+def _answer_schema(service: PolicyService) -> dict[str, Any]:
+    space = service.policy.manifest.action_space
+    action: dict[str, Any] = {"type": "number" if "float" in space.dtype else "integer"}
+    for size in reversed(space.shape):
+        action = {"type": "array", "items": action, "minItems": size, "maxItems": size}
+    one_or_many = {"type": ["number", "array"]}
+    return {
+        "type": "object",
+        "properties": {
+            "action": action,
+            "actions": {"type": "array", "items": action},
+            "action_logp": {"description": "Natural logarithm, in nats.", **one_or_many},
+            "value": {"description": "The critic's estimate of the return.", **one_or_many},
+            "action_dist_inputs": {"type": "array"},
+            "policy": {"type": "string"},
+            "version": {"type": "integer"},
+            "policy_id": {"type": "string"},
+        },
+        "required": ["policy", "version", "policy_id"],
+    }

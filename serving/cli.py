@@ -1,0 +1,307 @@
+"""The commands `inspect`, `verify`, `serve`, `act` and `play`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serving.bundle import Bundle, read_bundle
+from serving.errors import UsageError
+from serving.spaces import describe_space
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+class Engine(str, enum.Enum):
+    """The runtimes that a bundle can run in."""
+
+    onnx = "onnx"
+    torchscript = "torchscript"
+
+
+class Device(str, enum.Enum):
+    """Where inference runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+    auto = "auto"
+
+
+class Protocol(str, enum.Enum):
+    """How a client speaks to the server."""
+
+    http = "http"
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """What a policy expects and returns, where it came from, and its parity report."""
+    found = read_bundle(bundle)
+    if as_json:
+        print(json.dumps(dict(found.manifest.raw)))
+        return
+    _console.print(_bundle_table(found))
+
+
+def _bundle_table(bundle: Bundle) -> Table:
+    manifest = bundle.manifest
+    raw = manifest.raw
+    table = Table(title=str(bundle.path), show_header=False, title_justify="left")
+    environment = manifest.environment or {"id": "unknown"}
+    rows = {
+        "policy id": manifest.policy_id,
+        "algorithm": f"{manifest.algorithm}, module {raw.get('module_id')}",
+        "environment": f"{environment['id']} {environment.get('kwargs') or ''}".strip(),
+        "observation": describe_space(manifest.observation_space),
+        "action": f"{describe_space(manifest.action_space)}, {manifest.distribution}, bounding: "
+        f"{raw.get('action_bounding')}",
+        "outputs": ", ".join(manifest.outputs),
+        "created": str(raw.get("created")),
+    }
+    provenance = raw.get("provenance") or {}
+    rows["trained"] = ", ".join(
+        f"{key} {value}" for key, value in provenance.items() if not isinstance(value, dict)
+    )
+    for name, report in (raw.get("parity") or {}).items():
+        rows[f"parity ({name})"] = (
+            f"largest error {report['max_error']:.1g} over {report['n_observations']} observations "
+            f"at B = {', '.join(map(str, report['batch_sizes']))}; tolerance "
+            f"{report['tolerance']:g}"
+        )
+    for name, entry in manifest.files.items():
+        rows[name] = f"{entry.size_bytes / 1000:,.1f} kB, SHA-256 {entry.sha256[:16]}…"
+    for warning in raw.get("warnings") or ():
+        rows["warning"] = warning
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return table
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
+    engine: Annotated[
+        Engine,
+        typer.Option(help="The runtime to replay in. TorchScript files are programs: trust them."),
+    ] = Engine.onnx,
+    device: Annotated[Device, typer.Option(help="Where to replay.")] = Device.cpu,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Replay what RLlib answered at export on this machine; exit 1 on any mismatch."""
+    from serving.config import ServingConfig
+    from serving.engines.graph import load_graph
+    from serving.server import choose_device
+    from serving.verification import verify_graph
+
+    found = read_bundle(bundle)
+    chosen = choose_device(ServingConfig(engine=engine.value, device=device.value))
+    report = verify_graph(found, load_graph(found, engine.value, chosen))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report)))
+        return
+    _console.print(
+        f"verified {found.path} ({found.manifest.policy_id}): {report.n_observations} golden "
+        f"observations at B = {', '.join(map(str, report.batch_sizes))} on {report.engine} "
+        f"({report.device}) answer as RLlib did; largest error {report.max_error:.1g}"
+    )
+
+
+def serve(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Bundles, or policy repositories (NAME/VERSION/<bundle>).",
+            metavar="BUNDLE_OR_REPOSITORY...",
+        ),
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="Settings as YAML; flags win over it.", metavar="YAML")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The policy's name in URLs [its directory's].")
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0: every network.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Public port [8000]; 0: a free one.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Processes that serve [1].")] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="Where inference runs [cpu]; auto: CUDA if it is there.")
+    ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="Runtime [onnx]. TorchScript files are programs: trust them first."),
+    ] = None,
+    max_batch_size: Annotated[
+        int | None, typer.Option(help="Most observations in a batch [256].")
+    ] = None,
+    max_queue_size: Annotated[
+        int | None, typer.Option(help="Most observations waiting; beyond it 503 [4096].")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="A Ray cluster to join (also RAY_ADDRESS) [a private one that ends with this].",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+) -> None:
+    """Serve policies on Ray Serve until Ctrl-C or SIGTERM.
+
+    Prints `ready http://HOST:PORT` when it answers. Every bundle is verified against its golden
+    vectors before anything starts, and again in every replica.
+    """
+    from serving.config import build_config
+    from serving.repository import find_policies
+    from serving.server import StopSignals, running_server
+
+    flags = {
+        "host": host,
+        "port": port,
+        "replicas": replicas,
+        "device": device and device.value,
+        "engine": engine and engine.value,
+        "max_batch_size": max_batch_size,
+        "max_queue_size": max_queue_size,
+        "ray_address": ray_address,
+    }
+    settings = build_config(config, flags)
+    policies = find_policies(sources, name=name)
+    signals = StopSignals()
+    try:
+        with running_server(policies, settings) as server:
+            for policy in policies:
+                _announce(server.url, policy.name, read_bundle(policy.path), server.device)
+            print(f"ready {server.url}", flush=True)
+            signals.wait()
+            print("stopping", flush=True)
+    except KeyboardInterrupt:
+        sys.exit(128 + (signals.number or signal.SIGINT))
+
+
+def _announce(url: str, name: str, bundle: Bundle, device: str) -> None:
+    manifest = bundle.manifest
+    observation = np.zeros(manifest.observation_space.shape).tolist()
+    _console.print(
+        f"{name}: {describe_space(manifest.observation_space)} -> "
+        f"{describe_space(manifest.action_space)}, {manifest.policy_id}, on {device}"
+    )
+    _console.print(
+        f"  curl -s {url}/v1/policies/{name}/compute_action -H 'content-type: application/json' "
+        f"-d '{json.dumps({'observation': observation}, separators=(',', ':'))}'",
+        markup=False,
+    )
+
+
+def act(
+    url: Annotated[str, typer.Argument(help="http://HOST:PORT/v1/policies/NAME", metavar="URL")],
+    observation: Annotated[
+        str, typer.Option(help="The observation as JSON; - reads it from standard input.")
+    ],
+    stochastic: Annotated[
+        bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Makes a sample repeatable.", min=0)] = None,
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait.", min=0.001)] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer.")] = False,
+) -> None:
+    """One action for one observation from a served policy."""
+    from serving.client import PolicyClient
+
+    text = sys.stdin.read() if observation == "-" else observation
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise UsageError(f"--observation is not JSON: {exc}") from exc
+    request: dict[str, Any] = {"observation": value, "deterministic": not stochastic}
+    if seed is not None:
+        request["seed"] = seed
+    with PolicyClient(url, timeout_s=timeout_s) as client:
+        answer = client.answer(request)
+    print(json.dumps(answer if as_json else answer["action"]))
+
+
+def play(
+    url: Annotated[str, typer.Argument(help="http://HOST:PORT/v1/policies/NAME", metavar="URL")],
+    env: Annotated[str, typer.Option(help="A Gymnasium environment id.", metavar="ID")],
+    env_config: Annotated[
+        str | None, typer.Option(help="The environment's keyword arguments.", metavar="JSON")
+    ] = None,
+    episodes: Annotated[int, typer.Option(help="Episodes to play.", min=1)] = 10,
+    num_envs: Annotated[
+        int, typer.Option(help="Environments stepped together, one request a step.", min=1)
+    ] = 1,
+    protocol: Annotated[Protocol, typer.Option(help="How to speak to the server.")] = Protocol.http,  # noqa: ARG001
+    seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
+    stochastic: Annotated[
+        bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
+    ] = False,
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for a step.", min=0.001)] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Step an environment here with the actions of a policy that is served elsewhere."""
+    from serving.client import PolicyClient
+    from serving.rollout import check_spaces, evaluate_policy, make_env, parse_env_config
+
+    kwargs = parse_env_config(env_config)
+    with PolicyClient(url, timeout_s=timeout_s) as client:
+        first = make_env(env, **kwargs)
+        try:
+            check_spaces(env, first, client.describe())
+        finally:
+            first.close()
+        result = evaluate_policy(
+            client,
+            lambda: make_env(env, **kwargs),
+            n_episodes=episodes,
+            seed=seed,
+            deterministic=not stochastic,
+            num_envs=num_envs,
+        )
+    latencies_us = np.percentile(result.step_latencies_s, [50, 95, 99]) * 1e6
+    figures: dict[str, Any] = {
+        **result.summary(),
+        "num_envs": num_envs,
+        "env_steps": result.n_steps,
+        "env_steps_per_s": result.n_steps / result.duration_s,
+        "step_p50_us": float(latencies_us[0]),
+        "step_p95_us": float(latencies_us[1]),
+        "step_p99_us": float(latencies_us[2]),
+    }
+    if as_json:
+        print(json.dumps(figures))
+        return
+    _console.print(_play_table(url, env, figures))
+
+
+def _play_table(url: str, env: str, figures: dict[str, Any]) -> Table:
+    table = Table(title=f"{env} played by {url}", show_header=False, title_justify="left")
+    table.add_row("episodes", f"{figures['n_episodes']}")
+    table.add_row(
+        "return",
+        f"{figures['mean_return']:.1f} ± {figures['std_return']:.1f} (min "
+        f"{figures['min_return']:.1f}, max {figures['max_return']:.1f})",
+    )
+    table.add_row(
+        "ended",
+        f"{figures['n_terminated']} terminated, {figures['n_truncated']} truncated, mean length "
+        f"{figures['mean_length']:.0f}",
+    )
+    table.add_row(
+        "step latency",
+        f"p50 {figures['step_p50_us']:.0f} µs, p95 {figures['step_p95_us']:.0f} µs, p99 "
+        f"{figures['step_p99_us']:.0f} µs",
+    )
+    table.add_row("environment steps/s", f"{figures['env_steps_per_s']:,.0f}")
+    return table

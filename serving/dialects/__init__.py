@@ -1,0 +1,1 @@
+"""Dialects: one file per wire format; each turns bytes into a request and an answer into bytes."""

@@ -1,0 +1,1 @@
+"""Engines: one class per runtime that turns a bundle into a `Policy`."""

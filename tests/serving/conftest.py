@@ -1,0 +1,202 @@
+"""Tiny bundles on disk, and a real HTTP server around them, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from serving import fast_lane
+from serving.app import build_app
+from serving.bundle import read_bundle
+from serving.config import PolicySource, ServingConfig
+from serving.engines.graph import GraphPolicy, load_graph
+from serving.fast_lane import ComputeActionHandler, FastLaneMiddleware
+from serving.service import PolicyServices, load_services
+from tests.bundles import LinearPolicy, box_policy, discrete_policy
+
+DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """An HTTP answer; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A server on an ephemeral port of this process."""
+
+    host: str
+    port: int
+    services: PolicyServices
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def policy_url(self, name: str) -> str:
+        return f"{self.url}/v1/policies/{name}"
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterator[bytes] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=DEADLINE_S)
+        try:
+            connection.request(
+                method, path, body, dict(headers or {}), encode_chunked=isinstance(body, Iterator)
+            )
+            return read_response(connection)
+        finally:
+            connection.close()
+
+    def post(self, policy: str, body: Any, headers: Mapping[str, str] | None = None) -> Response:
+        """POST a body to a policy's compute_action; anything but bytes goes as JSON."""
+        data = body if isinstance(body, bytes | Iterator) else json.dumps(body).encode()
+        return self.request("POST", f"/v1/policies/{policy}/compute_action", data, headers)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.host, self.port), timeout=DEADLINE_S)
+
+
+def read_response(connection: http.client.HTTPConnection) -> Response:
+    response = connection.getresponse()
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Response(response.status, headers, response.read())
+
+
+def wait_until(is_true: Callable[[], bool], what: str) -> None:
+    """Wait for a condition of another thread, at most DEADLINE_S."""
+    pause = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.002)):
+        if is_true():
+            return
+        pause.wait(0.002)
+    raise AssertionError(f"{what} did not happen within {DEADLINE_S:g} s")
+
+
+# The fast lane's handler is one per process; the server started last has it.
+_installed: list[ComputeActionHandler] = []
+
+
+@contextlib.contextmanager
+def serving(
+    bundles: Mapping[str, Path],
+    *,
+    with_fast_lane: bool = True,
+    wrap_services: Callable[[PolicyServices], None] | None = None,
+    **settings: Any,
+) -> Iterator[LiveServer]:
+    """Serve bundles under uvicorn in a thread; stopped at the end.
+
+    Args:
+        bundles: Policy name to bundle.
+        with_fast_lane: Put the fast lane around the application, as in Ray Serve's replica.
+        wrap_services: Called with the services before they are served.
+        settings: Of `ServingConfig`.
+    """
+    config = ServingConfig(**settings)
+    sources = [PolicySource(name=name, path=path) for name, path in bundles.items()]
+    services = load_services(sources, config, "cpu")
+    if wrap_services is not None:
+        wrap_services(services)
+    handler = ComputeActionHandler(services, max_body_bytes=config.max_body_bytes)
+    app: Any = build_app(services, handler)
+    if with_fast_lane:
+        app = FastLaneMiddleware(app)
+        _installed.append(handler)
+        fast_lane.install(handler)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        wait_until(lambda: server.started or not thread.is_alive(), "the server's start")
+        yield LiveServer("127.0.0.1", listener.getsockname()[1], services)
+    finally:
+        server.should_exit = True
+        thread.join(DEADLINE_S)
+        listener.close()
+        asyncio.run(services.close())
+        if with_fast_lane:
+            _installed.remove(handler)
+            fast_lane.install(_installed[-1] if _installed else None)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def discrete() -> LinearPolicy:
+    return discrete_policy()
+
+
+@pytest.fixture(scope="session")
+def box() -> LinearPolicy:
+    return box_policy()
+
+
+@pytest.fixture(scope="session")
+def bundles(
+    tmp_path_factory: pytest.TempPathFactory, discrete: LinearPolicy, box: LinearPolicy
+) -> dict[str, Path]:
+    """Read-only bundles by policy name."""
+    root = tmp_path_factory.mktemp("bundles")
+    policies = {
+        "discrete": discrete,
+        "box": box,
+        "no-critic": discrete_policy(has_value=False, seed=5),
+    }
+    return {name: policy.save(root / name) for name, policy in policies.items()}
+
+
+@pytest.fixture(scope="session")
+def live_server(bundles: dict[str, Path]) -> Iterator[LiveServer]:
+    """A server with the fast lane, for all tests that leave no trace in it."""
+    with serving(bundles, max_body_bytes=100_000) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ordinary_server(bundles: dict[str, Path]) -> Iterator[LiveServer]:
+    """The same without the fast lane."""
+    with serving(bundles, with_fast_lane=False, max_body_bytes=100_000) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def graph_policies(bundles: dict[str, Path]) -> dict[str, GraphPolicy]:
+    """The bundles in ONNX Runtime, by policy name."""
+    found = {name: read_bundle(path) for name, path in bundles.items()}
+    return {
+        name: GraphPolicy(bundle.manifest, load_graph(bundle)) for name, bundle in found.items()
+    }

@@ -1,0 +1,49 @@
+"""Imports RLlib, so it runs in a process of its own, where RLlib's warnings are no errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.processes import ROOT
+
+pytestmark = pytest.mark.slow
+
+CHECK = """
+from training.algorithm import rllib_config
+from training.config_files import load_config
+
+def built(*sets):
+    flags = {"env": "Pendulum-v1", "seed": 1, "num_env_runners": 2}
+    return rllib_config(load_config(flags=flags, sets=sets).complete())
+
+default = built()
+assert (default.normalize_actions, default.clip_actions) == (True, False)
+assert default.get_rollout_fragment_length(1) == 1024 // (2 * 8)
+given = built("normalize_actions=false", "clip_actions=true", "rollout_fragment_length=32")
+assert (given.normalize_actions, given.clip_actions) == (False, True)
+assert given.get_rollout_fragment_length(1) == 32
+assert given.num_env_runners == 2 and given.seed == 1
+
+# This project's rule for fragments is RLlib's own.
+import pytest
+from training.errors import ConfigError
+for fragment in (1, 7, 21, 22, 32, 33, 60, 64, 65, 70, 71, 128, 1024):
+    config = built().copy(copy_frozen=False).env_runners(rollout_fragment_length=fragment)
+    try:
+        config.validate_train_batch_size_vs_rollout_fragment_length()
+    except ValueError:
+        with pytest.raises(ConfigError):
+            built(f"rollout_fragment_length={fragment}")
+    else:
+        built(f"rollout_fragment_length={fragment}")
+"""
+
+
+def test_settings_reach_rllib() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import replace
+
+from rich.console import Console
+
+from training.config import StopConfig
+from training.progress import ProgressFile, ProgressLine, ProgressRow
+
+ROW = ProgressRow(
+    iteration=4,
+    env_steps=4000,
+    time_s=2.0,
+    episode_return_mean=21.25,
+    episode_return_min=10.0,
+    episode_return_max=30.0,
+    episode_length_mean=21.25,
+    n_episodes=12,
+    env_steps_per_s=2000.0,
+    policy_loss=-0.01,
+    vf_loss=0.5,
+    entropy=0.69,
+    vf_explained_var=0.1,
+    gradient_norm=1.0,
+    lr=0.001,
+)
+
+
+def lines(stop: StopConfig, *rows: ProgressRow, quiet: bool = False) -> list[str]:
+    stdout = io.StringIO()
+    with ProgressLine(Console(file=stdout, width=40), stop, quiet=quiet) as line:
+        for row in rows:
+            line.show(row)
+    return stdout.getvalue().splitlines()
+
+
+def test_rows_are_appended_under_one_header(tmp_path):
+    path = tmp_path / "progress.csv"
+    ProgressFile(path).append(replace(ROW, episode_return_mean=None, vf_loss=math.nan))
+    ProgressFile(path).append(replace(ROW, iteration=5))  # a resumed run
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["iteration"] for row in rows] == ["4", "5"]
+    assert (rows[0]["episode_return_mean"], rows[0]["vf_loss"]) == ("", "")
+    assert (rows[1]["episode_return_mean"], rows[1]["env_steps"]) == ("21.25", "4000")
+    for column in "time_s episode_return_min episode_length_mean n_episodes".split():  # noqa: SIM905
+        assert column in rows[0]
+
+
+def test_a_pipe_gets_a_plain_line_with_return_speed_and_time_left():
+    (line,) = lines(StopConfig(timesteps=10_000), ROW)
+    for part in ("iteration 4", "4,000 steps", "return 21.2", "2,000 steps/s", "3 s left"):
+        assert part in line  # (10,000 - 4,000) / 2,000 per second
+    assert "at most" not in line
+    assert "\x1b" not in line
+
+
+def test_with_a_stop_return_the_time_left_is_an_upper_bound_and_the_nearest_budget_counts():
+    stop = StopConfig(episode_return=475.0, timesteps=10_000, time_s=4.0)
+    (line,) = lines(stop, ROW)
+    assert "at most 2 s left" in line  # 4 s less the 2 s of training so far
+
+
+def test_a_pipe_is_not_flooded_and_quiet_is_quiet():
+    assert len(lines(StopConfig(timesteps=10_000), *[ROW] * 100)) == 1
+    assert lines(StopConfig(timesteps=10_000), ROW, quiet=True) == []
+
+
+def test_before_an_episode_has_ended_there_is_no_return():
+    (line,) = lines(StopConfig(time_s=600.0), replace(ROW, episode_return_mean=None))
+    assert "return -" in line
+    assert "9 min 58 s left" in line
