@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-fast format check bench lock clean
+.PHONY: install demo test test-fast test-export-matrix format check bench bench-export lock clean
 
 install: $(STAMP)
 
@@ -19,11 +19,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/policyserve demo
 
+# Two workers: most of the suite's time is processes starting.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: install
 	$(BIN)/python -m pytest -m 'not slow'
+
+# Every sensible pair of algorithm, spaces, connectors and settings, in three formats.
+test-export-matrix: install
+	$(BIN)/python -m tests.export.matrix --full --jobs 2 --write docs/export-matrix.md
 
 format: install
 	$(BIN)/ruff format .
@@ -37,6 +42,10 @@ check: install
 
 bench: install
 	$(BIN)/python -m loadtests.bench
+
+# What a bundle's graph costs beside the bare network, and how long an export and a load take.
+bench-export: install
+	$(BIN)/python -m export.bench
 
 clean:
 	rm -rf $(VENV) build dist demo runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,58 +8,33 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import ray
 
+from export.agents import split_agents
+from export.connectors import freeze_filters
 from export.errors import CheckpointError, UnsupportedPolicyError, UntrustedCheckpointError
+from export.legacy import explain_legacy
+from export.policy import Checkpoint
 from training.errors import TrainingError
 from training.provenance import verify_checkpoint
 from training.run_directory import find_checkpoint
 
 DEFAULT_MODULE_ID = "default_policy"
 _MODULES = "learner_group/learner/rl_module"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """The parts of an RLlib checkpoint that make its policy.
-
-    Attributes:
-        path: The checkpoint's directory.
-        algorithm: The algorithm's name, such as `PPO`.
-        module_id: Which RLModule of the checkpoint this is.
-        rl_module: The RLModule, in evaluation mode.
-        env_to_module: RLlib's own pipeline from episodes to the module's batch.
-        module_to_env: RLlib's own pipeline from the module's output to the environment's action.
-        observation_space: What the environment gives.
-        action_space: What the environment takes.
-        env_id: The environment's id, where the checkpoint names one.
-        env_config: Its keyword arguments.
-        facts: Iteration, steps and versions, for the manifest.
-    """
-
-    path: Path
-    algorithm: str
-    module_id: str
-    rl_module: Any
-    env_to_module: Any
-    module_to_env: Any
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    env_id: str | None
-    env_config: Mapping[str, Any]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+# Its policy is a world model of its own, with no RLModule forward pass to export.
+_WITHOUT_POLICY_MODULE = ("DreamerV3",)
 
 
 def load_checkpoint(
     path: Path, *, trust: bool = False, module_id: str = DEFAULT_MODULE_ID
 ) -> Checkpoint:
-    """Read a checkpoint, or a run directory's best one.
+    """Read one policy of a checkpoint, or of a run directory's best one.
 
     Args:
         path: A run directory of `policyserve train`, or a checkpoint of RLlib.
@@ -69,8 +44,41 @@ def load_checkpoint(
     Raises:
         CheckpointError: It is missing, half-written, of another Ray version, or no checkpoint.
         UntrustedCheckpointError: It was not written by this user's own `policyserve train`.
-        UnsupportedPolicyError: Its algorithm cannot be exported yet.
+        UnsupportedPolicyError: Its algorithm has no policy that can be exported.
     """
+    found = load_checkpoints(path, trust=trust, module_id=module_id)
+    if len(found) > 1:
+        agents = "; ".join(", ".join(map(str, entry.members)) for entry in found)
+        raise UnsupportedPolicyError(
+            f"the agents of module {module_id!r} look through filters of their own ({agents}), so "
+            "they are policies of their own: export them all, without --module-id, or one with "
+            "--agent AGENT=MODULE"
+        )
+    return found[0]
+
+
+def load_checkpoints(
+    path: Path,
+    *,
+    trust: bool = False,
+    module_id: str | None = None,
+    agents: Mapping[str, str] | None = None,
+) -> list[Checkpoint]:
+    """Read every policy of a checkpoint: one, or in a multi-agent checkpoint one per module.
+
+    Agents that share a module but not an observation filter are policies of their own.
+
+    Args:
+        path: See `load_checkpoint`.
+        trust: See `load_checkpoint`.
+        module_id: Only this RLModule.
+        agents: Agent to module; None: ask the checkpoint's own mapping function.
+
+    Raises:
+        CheckpointError: See `load_checkpoint`; or there is no such module or agent.
+    """
+    if reason := explain_legacy(Path(path)):
+        raise CheckpointError(reason)
     try:
         directory = find_checkpoint(path)
     except TrainingError as exc:
@@ -78,14 +86,19 @@ def load_checkpoint(
     ray_version = _check_layout(directory)
     _require_trust(directory, trust)
     algorithm_class, config = _read_algorithm(directory)
-    _check_algorithm(algorithm_class)
-    rl_module = _load_module(directory, module_id)
+    if algorithm_class.__name__ in _WITHOUT_POLICY_MODULE:
+        raise UnsupportedPolicyError(
+            f"the checkpoint is of {algorithm_class.__name__}, whose world model has no RLModule "
+            "forward pass from an observation to an action; it cannot be exported"
+        )
     env_to_module, module_to_env = _load_pipelines(directory)
-    return Checkpoint(
+    freeze_filters(env_to_module)
+    is_multi_agent = bool(config.is_multi_agent)
+    base = Checkpoint(
         path=directory,
         algorithm=algorithm_class.__name__,
-        module_id=module_id,
-        rl_module=rl_module,
+        module_id=module_id or DEFAULT_MODULE_ID,
+        rl_module=None,
         env_to_module=env_to_module,
         module_to_env=module_to_env,
         observation_space=env_to_module.input_observation_space,
@@ -93,7 +106,12 @@ def load_checkpoint(
         env_id=config.env if isinstance(config.env, str) else None,
         env_config=dict(config.env_config or {}),
         facts={"checkpoint": directory.name, "ray_version": ray_version} | _run_facts(directory),
+        env_class=config.env if isinstance(config.env, type) else None,
     )
+    if is_multi_agent:
+        return split_agents(base, _load_modules(directory), config, module_id, agents)
+    rl_module = _load_module(directory, base.module_id)
+    return [replace(base, rl_module=rl_module, pipeline_module=rl_module)]
 
 
 def _check_layout(directory: Path) -> str:
@@ -144,6 +162,8 @@ def _run_facts(directory: Path) -> dict[str, Any]:
 
 
 def _read_algorithm(directory: Path) -> tuple[type[Any], Any]:
+    from ray.rllib.algorithms.algorithm import Algorithm
+
     content = _unpickle(directory / "class_and_ctor_args.pkl")
     try:
         algorithm_class = content["class"]
@@ -153,12 +173,23 @@ def _read_algorithm(directory: Path) -> tuple[type[Any], Any]:
         raise CheckpointError(
             f"{directory / 'class_and_ctor_args.pkl'} holds no algorithm and config: {exc!r}"
         ) from exc
+    if not (isinstance(algorithm_class, type) and issubclass(algorithm_class, Algorithm)):
+        raise CheckpointError(
+            f"{directory / 'class_and_ctor_args.pkl'} is of {algorithm_class!r}, no algorithm of "
+            "RLlib; give the checkpoint's own directory"
+        )
     if isinstance(config, dict):
-        config = algorithm_class.get_default_config().from_dict(config)
+        try:
+            config = algorithm_class.get_default_config().from_dict(config)
+        except Exception as exc:  # a config of other code raises whatever its setters raise
+            raise CheckpointError(f"the config in {directory} is not readable: {exc}") from exc
     return algorithm_class, config
 
 
 def _unpickle(path: Path) -> Any:
+    # A class of the user's own may lie in the directory that the command was started in.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     try:
         with path.open("rb") as file:
             return pickle.load(file)
@@ -167,16 +198,13 @@ def _unpickle(path: Path) -> Any:
             f"{path} needs the Python module {exc.name!r}, which is not importable here; install "
             "it or add its folder to PYTHONPATH"
         ) from exc
+    except AttributeError as exc:
+        raise CheckpointError(
+            f"{path} names a class that its module no longer has ({exc}); bring back the code "
+            "that the policy was trained with"
+        ) from exc
     except Exception as exc:  # unpickling damaged bytes can raise anything
         raise CheckpointError(f"{path} is not readable ({exc}): damaged or half-written") from exc
-
-
-def _check_algorithm(algorithm_class: type[Any]) -> None:
-    if algorithm_class.__name__ != "PPO":
-        raise UnsupportedPolicyError(
-            f"the checkpoint is of the algorithm {algorithm_class.__name__}; this version exports "
-            "PPO"
-        )
 
 
 def _load_module(directory: Path, module_id: str) -> Any:
@@ -201,9 +229,61 @@ def _load_module(directory: Path, module_id: str) -> Any:
             f"the module in {path} is a {type(rl_module).__name__}; expected a TorchRLModule (new "
             "API stack, torch)"
         )
+    _check_weights(path, rl_module)
     rl_module.eval()
     rl_module.requires_grad_(False)
     return rl_module
+
+
+def _check_weights(path: Path, rl_module: Any) -> None:
+    """RLlib restores with `strict=False`: a weight that is not there would stay random."""
+    for name, values in rl_module.state_dict().items():
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            raise CheckpointError(
+                f"the weight {name} of the RLModule in {path} holds NaN or infinity: the training "
+                "diverged; export an earlier checkpoint"
+            )
+    state_path = path / "module_state.pkl"
+    if not state_path.is_file():
+        return  # msgpack; RLlib has read it or failed
+    saved, own = set(_unpickle(state_path)), set(rl_module.state_dict())
+    if own - saved:
+        raise CheckpointError(
+            f"{state_path} lacks {len(own - saved)} weights of {type(rl_module).__name__}, such as "
+            f"{min(own - saved)}: the class has changed since the checkpoint was written, or the "
+            "file is of another module"
+        )
+
+
+def _load_modules(directory: Path) -> Any:
+    """Every RLModule of a multi-agent checkpoint, as RLlib's MultiRLModule."""
+    from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+
+    modules = directory / _MODULES
+    _unpickle(modules / "class_and_ctor_args.pkl")
+    found = {
+        entry.name: _load_module(directory, entry.name)
+        for entry in sorted(modules.iterdir())
+        if (entry / "class_and_ctor_args.pkl").is_file()
+    }
+    try:
+        multi = MultiRLModule.from_checkpoint(str(modules.resolve()))
+    except Exception as exc:  # RLlib raises whatever its parts raise
+        raise CheckpointError(f"the RLModules in {modules} are not readable: {exc}") from exc
+    # RLlib leaves a module whose directory is missing at its random weights.
+    if missing := sorted(set(multi.keys()) - set(found)):
+        raise CheckpointError(
+            f"{modules} is incomplete: the RLModules {', '.join(missing)} are missing"
+        )
+    for module_id, rl_module in found.items():
+        multi.remove_module(module_id, raise_err_if_not_found=False)
+        multi.add_module(module_id, rl_module)
+    if type(multi) is not MultiRLModule:
+        raise UnsupportedPolicyError(
+            f"the checkpoint's RLModules are joined by {type(multi).__name__}; modules that speak "
+            "to each other cannot be exported one by one"
+        )
+    return multi
 
 
 def _load_pipelines(directory: Path) -> tuple[Any, Any]:
@@ -225,4 +305,16 @@ def _load_pipelines(directory: Path) -> tuple[Any, Any]:
             pipelines.append(pipeline_class.from_checkpoint(str(path.resolve())))
         except Exception as exc:  # RLlib raises whatever its parts raise
             raise CheckpointError(f"the connectors in {path} are not readable: {exc}") from exc
+        _check_connector_states(path, pipelines[-1])
     return pipelines[0], pipelines[1]
+
+
+def _check_connector_states(path: Path, pipeline: Any) -> None:
+    """RLlib leaves a connector whose directory is missing in its first state."""
+    for piece in pipeline.connectors:
+        directory = path / type(piece).__name__
+        if piece.get_state() and not any(directory.glob("state.*")):
+            raise CheckpointError(
+                f"{path} is incomplete: the state of {type(piece).__name__} is missing, without "
+                "which it would treat observations as if it had seen none"
+            )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import enum
+import importlib
 import json
 import logging
+import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -14,10 +18,26 @@ from rich.console import Console
 
 from serving.errors import UsageError
 from serving.interface import Policy
+from serving.manifest import PolicyManifest
 from serving.spaces import space_from_gymnasium
 
 _console = Console(highlight=False, soft_wrap=True)
-_FORMATS = ("onnx", "torchscript")
+_FORMATS = ("onnx", "torchscript", "pt2")
+
+
+class DeterministicActionChoice(str, enum.Enum):
+    """What a squashed Gaussian's (SAC's) greedy action is."""
+
+    rllib = "rllib"
+    tanh = "tanh"
+
+
+class PrecisionChoice(str, enum.Enum):
+    """The number type of the ONNX file's weights."""
+
+    float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
 
 
 def export(
@@ -29,12 +49,21 @@ def export(
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The bundle to write.", metavar="BUNDLE")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The bundle to write; for a multi-agent checkpoint a directory for NAME/VERSION "
+            "bundles.",
+            metavar="BUNDLE",
+        ),
     ],
     formats: Annotated[
         str,
         typer.Option(
-            "--format", help="onnx, or onnx,torchscript. ONNX is always written.", metavar="LIST"
+            "--format",
+            help="Of onnx, torchscript and pt2 (torch.export). ONNX is always written.",
+            metavar="LIST",
         ),
     ] = "onnx",
     trust_checkpoint: Annotated[
@@ -45,38 +74,125 @@ def export(
             "pickled code: reading one runs it.",
         ),
     ] = False,
+    safe: Annotated[
+        bool,
+        typer.Option(
+            "--safe",
+            help="Unpickle nothing: build module and connectors from --config, read weights and "
+            "filters as data.",
+        ),
+    ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="For --safe: a YAML of `train`, or module:attribute: an AlgorithmConfig or a "
+            "function that returns one [the run directory's own].",
+            metavar="SOURCE",
+        ),
+    ] = None,
     module_id: Annotated[
-        str, typer.Option(help="Which RLModule of the checkpoint.")
-    ] = "default_policy",
+        str | None,
+        typer.Option(help="Which RLModule of the checkpoint [all of a multi-agent checkpoint]."),
+    ] = None,
+    agent: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In a multi-agent checkpoint, which module an agent acts by; repeatable [its "
+            "policy_mapping_fn].",
+            metavar="AGENT=MODULE",
+        ),
+    ] = None,
+    twins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A Python module that registers tensor twins of your own connectors; repeatable.",
+            metavar="MODULE",
+        ),
+    ] = None,
+    deterministic_action: Annotated[
+        DeterministicActionChoice,
+        typer.Option(
+            help="SAC and its kin: RLlib's greedy action (the mean), or tanh of it as in the paper."
+        ),
+    ] = DeterministicActionChoice.rllib,
+    precision: Annotated[
+        PrecisionChoice,
+        typer.Option(
+            help="Of the ONNX file's weights. float16 and int8, for large networks, are proved "
+            "within a wider tolerance and played against float32."
+        ),
+    ] = PrecisionChoice.float32,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="How far float16 or int8 may lie from RLlib, relative to 1 + |RLlib's value| "
+            "[0.01 and 0.1].",
+            metavar="X",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Convert a checkpoint's policy to a bundle, if it is shown to act exactly as RLlib does."""
     chosen = _parse_formats(formats)
+    if config is not None and not safe:
+        raise UsageError("--config is what --safe builds the policy from; add --safe")
+    if safe and trust_checkpoint:
+        raise UsageError("--safe unpickles nothing, so there is nothing to trust; choose one")
+    agents = _parse_agents(agent or [])
     started = time.perf_counter()
-    quiet_rllib()
-    from export.convert import export_policy
+    prepare_rllib()
+    for name in twins or []:
+        _import_twins(name)
+    from export.convert import ExportOptions, SourceOptions, export_policies
 
-    manifest = export_policy(
+    written = export_policies(
         source,
         output,
-        formats=cast(Any, chosen),
-        trust_checkpoint=trust_checkpoint,
-        module_id=module_id,
+        SourceOptions(trust_checkpoint, safe, config, module_id, agents),
+        ExportOptions(
+            cast(Any, chosen),
+            cast(Any, deterministic_action.value),
+            cast(Any, precision.value),
+            tolerance,
+        ),
     )
     if as_json:
-        print(json.dumps(dict(manifest.raw)))
+        manifests = [dict(manifest.raw) for manifest in written.values()]
+        print(json.dumps(manifests[0] if len(manifests) == 1 else manifests))
         return
+    for path, manifest in written.items():
+        _print_bundle(path, manifest)
+    _console.print(
+        f"done in {time.perf_counter() - started:.1f} s; next: policyserve serve {output}"
+    )
+
+
+def _print_bundle(path: Path, manifest: PolicyManifest) -> None:
     for name, report in manifest.raw["parity"].items():
+        steps = f", episodes of {report['n_steps']} steps," if report["n_steps"] > 1 else ""
         _console.print(
-            f"parity ({name}): acts as RLlib on {report['n_observations']} observations at B = "
-            f"{', '.join(map(str, report['batch_sizes']))}; largest error {report['max_error']:.1g}"
+            f"parity ({name}): acts as RLlib on {report['n_observations']} observations{steps} at "
+            f"B = {', '.join(map(str, report['batch_sizes']))}; largest error "
+            f"{report['max_error']:.1g}"
         )
+    if "return" in manifest.raw:
+        _console.print(_describe_return(manifest.raw["precision"], manifest.raw["return"]))
     for warning in manifest.raw["warnings"]:
         _console.print(f"warning: {warning}")
     size = sum(entry.size_bytes for entry in manifest.files.values())
-    _console.print(
-        f"wrote {output} ({manifest.policy_id}, {size / 1000:,.0f} kB) in "
-        f"{time.perf_counter() - started:.1f} s; next: policyserve serve {output}"
+    agents = manifest.raw["acts_for"]
+    whose = f", for {', '.join(agents)}" if agents else ""
+    _console.print(f"wrote {path} ({manifest.policy_id}, {size / 1000:,.0f} kB{whose})")
+
+
+def _describe_return(precision: str, report: Mapping[str, Any]) -> str:
+    if not report["is_measured"]:
+        return f"return: not measured ({report['reason']})"
+    means = {name: report[name]["mean_return"] for name in ("float32", "converted", "difference")}
+    return (
+        f"return over {report['n_episodes']} episodes: float32 {means['float32']:.1f}, {precision} "
+        f"{means['converted']:.1f}, difference {means['difference']:.1f} ± "
+        f"{report['difference']['ci95_return']:.1f}"
     )
 
 
@@ -84,10 +200,29 @@ def _parse_formats(text: str) -> tuple[str, ...]:
     chosen = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in chosen:
         if name not in _FORMATS:
-            raise UsageError(f"--format {name!r}: expected {' or '.join(_FORMATS)}")
+            raise UsageError(f"--format {name!r}: expected {', '.join(_FORMATS)}")
     if not chosen:
         raise UsageError("--format is empty; expected onnx, or onnx,torchscript")
     return chosen
+
+
+def _parse_agents(entries: list[str]) -> dict[str, str] | None:
+    found = {}
+    for entry in entries:
+        agent, equals, module = entry.partition("=")
+        if not (agent and equals and module):
+            raise UsageError(f"--agent {entry!r}: expected AGENT=MODULE")
+        found[agent] = module
+    return found or None
+
+
+def _import_twins(name: str) -> None:
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        importlib.import_module(name)
+    except ImportError as exc:
+        raise UsageError(f"--twins {name}: cannot be imported: {exc}") from exc
 
 
 def evaluate(
@@ -107,6 +242,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
     stochastic: Annotated[
         bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
+    ] = False,
+    action_mask: Annotated[
+        bool,
+        typer.Option("--action-mask", help="Allow only what the environment's info allows."),
     ] = False,
     trust_checkpoint: Annotated[
         bool,
@@ -130,6 +269,7 @@ def evaluate(
             n_episodes=episodes,
             seed=seed,
             deterministic=not stochastic,
+            use_action_mask=action_mask,
         )
     finally:
         environment.close()
@@ -180,9 +320,9 @@ def resolve_policy(policy: str, env_id: str, env: Any, *, seed: int, trust: bool
         loaded = load_verified_policy(path)
         check_spaces(env_id, env, loaded.manifest.raw)
         return loaded
-    quiet_rllib()
+    prepare_rllib()
     from export.checkpoint import load_checkpoint
-    from export.reference import RLModulePolicy
+    from export.rl_module_policy import RLModulePolicy
 
     checkpoint = load_checkpoint(path, trust=trust)
     spaces = {
@@ -193,11 +333,18 @@ def resolve_policy(policy: str, env_id: str, env: Any, *, seed: int, trust: bool
     return RLModulePolicy(checkpoint)
 
 
-def quiet_rllib() -> None:
-    """Keep Ray's and RLlib's deprecation notices off the user's terminal; errors are raised."""
+def prepare_rllib() -> None:
+    """Load Ray and torch as these commands need them; called before RLlib is imported.
+
+    Ray's and RLlib's deprecation notices stay off the user's terminal (errors are raised). torch
+    keeps to one thread: the networks answer single observations, for which a second thread only
+    adds waiting, twentyfold where the machine is busy.
+    """
     warnings.filterwarnings("ignore")
     import ray
+    import torch
 
+    torch.set_num_threads(1)
     # Ray gives its loggers their level while it is imported, so this comes after.
     for name in ("ray", "ray.rllib", *logging.root.manager.loggerDict):
         if name.split(".")[0] == "ray":

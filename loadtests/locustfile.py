@@ -16,6 +16,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import gevent
+import gymnasium as gym
 import numpy as np
 import orjson
 import psutil
@@ -25,11 +26,13 @@ from locust.exception import StopUser
 
 from serving.client import PolicyClient
 from serving.rollout import make_env, policy_environment
+from serving.schemas import example_observation
 
 # A driver above this share of one core waits for itself, not for the server; likewise a machine
 # above this share of all its cores.
 LIMIT_PERCENT = 90.0
 _JSON = {"content-type": "application/json"}
+_N_OBSERVATIONS = 256
 
 
 @events.init_command_line_parser.add_listener
@@ -53,7 +56,7 @@ class Run:
         self.env_id: str | None = None
         self.env_kwargs: dict[str, Any] = {}
         self.observations: list[bytes] = []
-        self.n_actions: int | None = None
+        self.action_space: dict[str, Any] = {}
         self.latencies_ms: list[float] = []
         self.returns: list[float] = []
         self.n_errors = 0
@@ -82,11 +85,12 @@ def prepare(environment: Environment, **_: Any) -> None:
     environment.host = f"{parts.scheme}://{parts.netloc}"
     RUN.compute_path = f"{parts.path.rstrip('/')}/compute_action"
     RUN.env_id, RUN.env_kwargs = policy_environment(RUN.policy, options.env_id)
-    RUN.n_actions = RUN.policy["action_space"].get("n")
-    shape = RUN.policy["observation_space"]["shape"]
+    RUN.action_space = RUN.policy["action_space"]
+    space = RUN.policy["observation_space"]
     rng = np.random.default_rng(options.seed)
-    rows = rng.normal(scale=0.1, size=(256, *shape)).astype(np.float32)
-    RUN.observations = [_body(row) for row in rows]
+    RUN.observations = [
+        _body({"observation": example_observation(space, rng)}) for _ in range(_N_OBSERVATIONS)
+    ]
     if options.rate:
         RUN.period_s = options.num_users / options.rate
 
@@ -164,8 +168,18 @@ def summary(n_users: int) -> dict[str, Any]:
     return figures
 
 
-def _body(observation: Any) -> bytes:
-    return orjson.dumps({"observation": observation}, option=orjson.OPT_SERIALIZE_NUMPY)
+def _body(request: dict[str, Any]) -> bytes:
+    return orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _sendable(observation: Any) -> Any:
+    """As the encoder takes it: it knows arrays with axes, and no others."""
+    if isinstance(observation, dict):
+        return {key: _sendable(each) for key, each in observation.items()}
+    if isinstance(observation, tuple):
+        return [_sendable(each) for each in observation]
+    array = np.asarray(observation)
+    return np.ascontiguousarray(array) if array.ndim else array.item()
 
 
 class _PolicyUser(FastHttpUser):
@@ -180,7 +194,7 @@ class _PolicyUser(FastHttpUser):
         return float(constant_throughput(1.0 / RUN.period_s)(self))
 
     def ask(self, body: bytes, name: str) -> Any:
-        """One action; None after an error, which Locust has counted."""
+        """One answer; None after an error, which Locust has counted."""
         with self.client.post(
             RUN.compute_path, data=cast(Any, body), headers=_JSON, name=name, catch_response=True
         ) as response:
@@ -192,7 +206,7 @@ class _PolicyUser(FastHttpUser):
             if problem:
                 response.failure(problem)
                 return None
-            return answer["action"]
+            return answer
 
 
 def _detail(content: bytes | None) -> str:
@@ -207,9 +221,23 @@ def _wrong(answer: Any) -> str | None:
     if answer.get("policy_id") != RUN.policy["policy_id"]:
         return f"answered by the policy {answer.get('policy_id')}"
     action = answer.get("action")
-    if RUN.n_actions is not None and not (isinstance(action, int) and 0 <= action < RUN.n_actions):
-        return f"the action {action!r} is outside Discrete({RUN.n_actions})"
+    if action is None:
+        return "there is no action in the answer"
+    if RUN.action_space["type"] == "Discrete":
+        first = RUN.action_space["start"]
+        end = first + RUN.action_space["n"]
+        if not (isinstance(action, int) and first <= action < end):
+            return f"the action {action!r} is outside {first}..{end - 1}"
     return None
+
+
+def _action(value: Any, space: gym.Space[Any]) -> Any:
+    """An action as the environment takes it."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: _action(value[key], child) for key, child in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(_action(each, child) for each, child in zip(value, space, strict=True))
+    return np.asarray(value, dtype=space.dtype)[()]
 
 
 class ActionUser(_PolicyUser):
@@ -244,17 +272,23 @@ class EnvLoopUser(_PolicyUser):
         RUN.n_users += 1
         self._observation, _ = self._env.reset(seed=RUN.n_users)
         self._return = 0.0
+        # What the answer and the step before leave to the next request.
+        self._memory: dict[str, Any] = {}
 
     @task
     def step(self) -> None:
         """One step; a new episode after the last."""
-        action = self.ask(_body(self._observation), "env step")
-        if action is None:
+        body = _body({"observation": _sendable(self._observation), **self._memory})
+        answer = self.ask(body, "env step")
+        if answer is None:
             return
-        if RUN.n_actions is None:
-            action = np.asarray(action, dtype=self._env.action_space.dtype)
+        action = _action(answer["action"], self._env.action_space)
         self._observation, reward, terminated, truncated, _ = self._env.step(action)
         self._return += float(reward)
+        if "state" in answer:
+            self._memory["state"] = answer["state"]
+        if RUN.policy["takes"]["reward"]:
+            self._memory["reward"] = float(reward)
         if terminated or truncated:
             RUN.returns.append(self._return)
             self._reset()

@@ -9,18 +9,23 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import msgspec
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from serving.dialects.native_schema import answer_schema, request_schema
 from serving.errors import MethodNotAllowedError, NotFoundError, PolicyServingError
 from serving.fast_lane import PREFIX, SUFFIX, ComputeActionHandler
 from serving.metrics import CONTENT_TYPE
-from serving.schemas import Health, PolicyDescription, PolicyList, Problem
+from serving.schemas import (
+    Health,
+    PolicyDescription,
+    PolicyList,
+    Problem,
+    example_observation,
+)
 from serving.service import (
     Answer,
     PolicyService,
@@ -158,18 +163,15 @@ def _openapi(app: FastAPI, services: PolicyServices) -> dict[str, Any]:
 
 
 def _operation(service: PolicyService) -> dict[str, Any]:
-    """`compute_action` of one policy, with the schema of its own observations."""
-    (request,), components = msgspec.json.schema_components(
-        [service.codec.request_type], ref_template="#/components/schemas/{name}"
-    )
-    name = request["$ref"].rsplit("/", 1)[-1]
-    body = components[name]
-    body.pop("title", None)
-    example = np.zeros(service.policy.manifest.observation_space.shape).tolist()
+    """`compute_action` of one policy, with the schema of its own spaces."""
+    manifest = service.policy.manifest
+    body = request_schema(service.codec, manifest)
+    described = service.describe()
+    example = example_observation(described["observation_space"])
     return {
         "tags": ["actions"],
         "operationId": f"compute_action_{service.name}",
-        "summary": f"One action or many from {service.name}: {service.describe()['summary']}",
+        "summary": f"One action or many from {service.name}: {described['summary']}",
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": body, "example": {"observation": example}}},
@@ -177,33 +179,11 @@ def _operation(service: PolicyService) -> dict[str, Any]:
         "responses": {
             "200": {
                 "description": "`action` for `observation`, `actions` for `observations`.",
-                "content": {"application/json": {"schema": _answer_schema(service)}},
+                "content": {"application/json": {"schema": answer_schema(manifest)}},
             },
             **{
                 str(status): {"description": text, "content": _PROBLEM_CONTENT}
                 for status, text in _COMPUTE_PROBLEMS.items()
             },
         },
-    }
-
-
-def _answer_schema(service: PolicyService) -> dict[str, Any]:
-    space = service.policy.manifest.action_space
-    action: dict[str, Any] = {"type": "number" if "float" in space.dtype else "integer"}
-    for size in reversed(space.shape):
-        action = {"type": "array", "items": action, "minItems": size, "maxItems": size}
-    one_or_many = {"type": ["number", "array"]}
-    return {
-        "type": "object",
-        "properties": {
-            "action": action,
-            "actions": {"type": "array", "items": action},
-            "action_logp": {"description": "Natural logarithm, in nats.", **one_or_many},
-            "value": {"description": "The critic's estimate of the return.", **one_or_many},
-            "action_dist_inputs": {"type": "array"},
-            "policy": {"type": "string"},
-            "version": {"type": "integer"},
-            "policy_id": {"type": "string"},
-        },
-        "required": ["policy", "version", "policy_id"],
     }

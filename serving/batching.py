@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from serving.errors import (
     PolicyServingError,
 )
 from serving.interface import OutputName, PolicyOutput
+from serving.spaces import take
 
 # A batch that takes longer than this runs in a worker thread, so that the event loop keeps
 # reading and answering meanwhile; handing a batch to a thread and back costs about 0.1 ms.
@@ -36,13 +38,16 @@ class BatchItem:
     """One caller's observations, already conforming.
 
     Attributes:
-        observations: (n, *shape) float32.
-        noise: (n, D) float32 where the actions are to be sampled, else None.
+        inputs: The graph's inputs by name, (n, ...) each: every observation leaf, and of the
+            others what the caller gave; `noise` where the actions are to be sampled.
+        n: How many observations.
+        is_sampled: Whether the actions are to be sampled.
         outputs: What to compute beside the actions.
     """
 
-    observations: NDArray[np.float32]
-    noise: NDArray[np.float32] | None = None
+    inputs: Mapping[str, NDArray[Any]]
+    n: int
+    is_sampled: bool = False
     outputs: frozenset[OutputName] = frozenset()
 
 
@@ -102,10 +107,12 @@ class Batcher:
             Batch size to median seconds of one batch.
         """
         durations: dict[int, float] = {}
-        shape = self._policy.manifest.observation_space.shape
         for size in sorted({1, 8, min(64, self._max_batch_size), self._max_batch_size}):
-            rows = np.zeros((size, *shape), dtype=np.float32)
-            durations[size] = _median_duration(partial(self._policy.compute_conformed, rows))
+            rows = self._policy.inputs.example(size)
+            # What a caller may leave out gets its default, as it does in a request.
+            durations[size] = _median_duration(
+                partial(self._policy.compute_conformed, rows, is_sampled=False)
+            )
         if max(durations.values()) > INLINE_LIMIT_S:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="inference")
         return durations
@@ -123,7 +130,7 @@ class Batcher:
             DeadlineExceededError: `timeout_s` passed.
             InferenceError: The engine failed.
         """
-        n = len(item.observations)
+        n = item.n
         if self._is_closed:
             raise PolicyNotReadyError("the server is shutting down")
         # A request larger than the whole queue is still served when nothing else waits.
@@ -189,7 +196,7 @@ class Batcher:
         batch: list[_Waiting] = []
         size = 0
         while self._waiting:
-            n = len(self._waiting[0].item.observations)
+            n = self._waiting[0].item.n
             if batch and size + n > self._max_batch_size:
                 break
             waiting = self._waiting.popleft()
@@ -217,7 +224,7 @@ class Batcher:
     ) -> None:
         start = 0
         for waiting in batch:
-            end = start + len(waiting.item.observations)
+            end = start + waiting.item.n
             if waiting.future.done():
                 pass
             elif isinstance(answer, PolicyServingError):
@@ -232,34 +239,35 @@ class Batcher:
 def _compute(policy: GraphPolicy, items: list[BatchItem]) -> PolicyOutput:
     if len(items) == 1:
         item = items[0]
-        return policy.compute_conformed(item.observations, noise=item.noise, outputs=item.outputs)
-    observations = np.concatenate([item.observations for item in items])
+        return policy.compute_conformed(
+            item.inputs, is_sampled=item.is_sampled, outputs=item.outputs
+        )
+    parts = [item.inputs for item in items]
+    names = parts[0].keys()
+    if any(part.keys() != names for part in parts):
+        # Whoever left out what a neighbour gave gets the default that it would get alone.
+        parts = [policy.inputs.complete(item.inputs, item.n) for item in items]
+        names = parts[0].keys()
+    inputs = {name: np.concatenate([part[name] for part in parts]) for name in names}
     outputs = frozenset[OutputName]().union(*(item.outputs for item in items))
-    if all(item.noise is None for item in items):
-        return policy.compute_conformed(observations, outputs=outputs)
-    noise = np.zeros((len(observations), policy.manifest.noise.size), dtype=np.float32)
-    is_sampled = np.zeros(len(observations), dtype=np.bool_)
-    start = 0
-    for item in items:
-        end = start + len(item.observations)
-        if item.noise is not None:
-            noise[start:end] = item.noise
-            is_sampled[start:end] = True
-        start = end
-    return policy.compute_conformed(
-        observations, noise=noise, is_sampled=is_sampled, outputs=outputs
-    )
+    return policy.compute_conformed(inputs, is_sampled=_modes(items), outputs=outputs)
+
+
+def _modes(items: list[BatchItem]) -> bool | NDArray[np.bool_]:
+    """Which rows are sampled: all, none, or row by row."""
+    first = items[0].is_sampled
+    if all(item.is_sampled == first for item in items):
+        return first
+    return np.repeat([item.is_sampled for item in items], [item.n for item in items])
 
 
 def _rows(answer: PolicyOutput, start: int, end: int, asked: frozenset[OutputName]) -> PolicyOutput:
     """One caller's rows, and only what it asked for."""
+    rows = slice(start, end)
     return PolicyOutput(
-        actions=answer.actions[start:end],
-        **{
-            name: values[start:end]
-            for name in asked
-            if (values := getattr(answer, name)) is not None
-        },
+        actions=take(answer.actions, rows),
+        state=None if answer.state is None else take(dict(answer.state), rows),
+        **{name: values[rows] for name in asked if (values := getattr(answer, name)) is not None},
     )
 
 

@@ -9,92 +9,34 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import BundleError, ChecksumError, ManifestError
-from serving.spaces import BoxSpace, Space, space_from_json
+from serving.golden import read_golden
+from serving.manifest import FileEntry, PolicyManifest
+from serving.manifest_parser import parse_manifest
 
 FORMAT = "policyserve-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ONNX = "policy.onnx"
 TORCHSCRIPT = "policy.torchscript.pt"
+PT2 = "policy.pt2"
 GOLDEN = "golden.npz"
-# Distribution and the noise that samples it.
-_DISTRIBUTIONS = (("categorical", "gumbel"), ("diag_gaussian", "normal"))
 # A manifest holds a few kilobytes; a larger one is a mistake or an attack.
 _MANIFEST_LIMIT_BYTES = 16 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of a bundle: its SHA-256 in hex and its size."""
-
-    sha256: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class NoiseSpec:
-    """What the graph's `noise` input, (B, size) float32, is drawn from.
-
-    Attributes:
-        distribution: `gumbel` (standard Gumbel) or `normal` (standard normal).
-        size: Its width.
-    """
-
-    distribution: str
-    size: int
-
-    def draw(self, generator: np.random.Generator, n: int) -> NDArray[np.float32]:
-        """Draw (n, size) float32."""
-        if self.distribution == "gumbel":
-            return generator.gumbel(size=(n, self.size)).astype(np.float32)
-        return generator.standard_normal((n, self.size), dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class PolicyManifest:
-    """What a policy expects and returns, where it came from, and how it was proved.
-
-    Attributes:
-        policy_id: First 12 hex digits of the SHA-256 of `policy.onnx`.
-        algorithm: The RLlib algorithm that trained it.
-        observation_space: What an observation looks like, raw, as the environment gives it.
-        action_space: What an action looks like, as the environment takes it.
-        distribution: `categorical` or `diag_gaussian`.
-        noise: The noise that sampling takes.
-        outputs: The graph's outputs, by name.
-        files: The bundle's other files.
-        environment: `{"id", "kwargs"}` of the training environment, or None.
-        raw: The whole manifest as written.
-    """
-
-    policy_id: str
-    algorithm: str
-    observation_space: BoxSpace
-    action_space: Space
-    distribution: str
-    noise: NoiseSpec
-    outputs: tuple[str, ...]
-    files: Mapping[str, FileEntry]
-    environment: Mapping[str, Any] | None
-    raw: Mapping[str, Any] = field(repr=False)
-
-    @property
-    def has_value(self) -> bool:
-        """Whether the policy has a critic to ask for `value`."""
-        return "value" in self.outputs
+# protobuf's own limit for one message, so for one ONNX file.
+MAX_FILE_BYTES = 2**31 - 1
+# What a policy may be called: a URL's segment, and a directory that no glob overlooks.
+POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -117,27 +59,31 @@ class Bundle:
         return self.path / name
 
     def golden(self) -> dict[str, NDArray[Any]]:
-        """The raw observations and noise, and what RLlib itself answered to them."""
-        path = self.file(GOLDEN)
-        try:
-            # Opened as an archive first: NumPy would take other kinds of files as well.
-            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as exc:
-            raise BundleError(f"{path} is not readable: {exc}") from exc
+        """The raw inputs, and what RLlib itself answered to them.
+
+        Raises:
+            BundleError: The file is damaged, holds objects, or is absurdly large when unpacked.
+        """
+        return read_golden(self.file(GOLDEN))
 
 
-def read_bundle(path: Path) -> Bundle:
+def read_bundle(path: Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> Bundle:
     """Read a bundle and check every file against the manifest.
 
+    Args:
+        path: Its directory.
+        max_file_bytes: A larger file is refused before it is read.
+
     Raises:
-        ManifestError: The manifest is missing, unreadable, incomplete or of another format.
+        ManifestError: The manifest is missing, unreadable, incomplete, contradicts itself or is
+            of another format.
+        BundleError: A file is larger than `max_file_bytes`.
         ChecksumError: A file is missing, or not the one that was written.
     """
     path = Path(path)
     manifest = _parse_manifest(_read_manifest(path), path)
     for name, entry in manifest.files.items():
-        _check_file(path / name, entry)
+        _check_file(path / name, entry, max_file_bytes)
     return Bundle(path=path, manifest=manifest)
 
 
@@ -171,27 +117,7 @@ def _parse_manifest(raw: Any, path: Path) -> PolicyManifest:
             f"{where} is not as it was written; the bundle is damaged, export it again",
             file=MANIFEST,
         )
-    try:
-        observation_space = space_from_json(raw["observation_space"])
-        if not isinstance(observation_space, BoxSpace):
-            raise ManifestError(f"{where}: the observation space is not a Box")
-        manifest = PolicyManifest(
-            policy_id=str(raw["policy_id"]),
-            algorithm=str(raw["algorithm"]),
-            observation_space=observation_space,
-            action_space=space_from_json(raw["action_space"]),
-            distribution=str(raw["distribution"]),
-            noise=NoiseSpec(str(raw["noise"]["distribution"]), int(raw["noise"]["size"])),
-            outputs=tuple(str(name) for name in raw["outputs"]),
-            files={
-                str(name): FileEntry(str(entry["sha256"]), int(entry["size_bytes"]))
-                for name, entry in raw["files"].items()
-            },
-            environment=raw.get("environment"),
-            raw=raw,
-        )
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as exc:
-        raise ManifestError(f"{where} is incomplete: {type(exc).__name__} {exc}") from exc
+    manifest = parse_manifest(raw, where)
     _check_names(manifest, where)
     return manifest
 
@@ -204,11 +130,6 @@ def _digest(raw: Mapping[str, Any]) -> str:
 
 
 def _check_names(manifest: PolicyManifest, where: Path) -> None:
-    pair = (manifest.distribution, manifest.noise.distribution)
-    if pair not in _DISTRIBUTIONS:
-        raise ManifestError(
-            f"{where}: the distribution {pair[0]!r} with {pair[1]!r} noise is unknown"
-        )
     for name in (ONNX, GOLDEN):
         if name not in manifest.files:
             raise ManifestError(f"{where} lists no {name}")
@@ -219,10 +140,14 @@ def _check_names(manifest: PolicyManifest, where: Path) -> None:
         raise ManifestError(f"{where}: policy_id is not the beginning of {ONNX}'s SHA-256")
 
 
-def _check_file(path: Path, entry: FileEntry) -> None:
+def _check_file(path: Path, entry: FileEntry, max_file_bytes: int) -> None:
     if not path.is_file():
         raise ChecksumError(f"{path} is missing", file=path.name)
     size_bytes = path.stat().st_size
+    if size_bytes > max_file_bytes:
+        raise BundleError(
+            f"{path} has {size_bytes} bytes, at most {max_file_bytes} are read", file=path.name
+        )
     if size_bytes != entry.size_bytes:
         raise ChecksumError(
             f"{path} has {size_bytes} bytes, the manifest says {entry.size_bytes}; the bundle is "
@@ -322,3 +247,93 @@ def _swap(scratch: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def adding_versions(repository: Path, names: Sequence[str]) -> Iterator[list[tuple[Path, Path]]]:
+    """Places for new versions of policies in a repository; all appear when the block ends well.
+
+    If the block raises, or one of them cannot be put in its place, nothing has changed.
+
+    Args:
+        repository: Its directory; made if it is not there.
+        names: The policies, each once.
+
+    Yields:
+        For each name, where to write its bundle, and where that will lie: NAME/VERSION.
+
+    Raises:
+        BundleError: `repository` is a bundle, or cannot be written; or a name is not one of a
+            policy (letters, digits, `.`, `_`, `-`), or comes twice.
+    """
+    repository = Path(repository).resolve()
+    if (repository / MANIFEST).exists() or (repository.exists() and not repository.is_dir()):
+        raise BundleError(
+            f"{repository} is one bundle, and the checkpoint holds {len(names)} policies "
+            f"({', '.join(names)}); choose a directory for all of them, or name one policy"
+        )
+    _check_policy_names(names)
+    scratch = repository.parent / f".{repository.name}.{secrets.token_hex(4)}.tmp"
+    with contextlib.ExitStack() as undo:
+        try:
+            _make_directory(scratch, undo)
+        except OSError as exc:
+            raise BundleError(f"cannot write beside {repository}: {exc.strerror or exc}") from exc
+        undo.callback(shutil.rmtree, scratch, ignore_errors=True)
+        places = [
+            (scratch / name, repository / name / _next_version(repository / name)) for name in names
+        ]
+        yield places
+        missing = [source.name for source, _ in places if not source.is_dir()]
+        if missing:
+            raise BundleError(f"no bundle was written for {missing[0]!r}; nothing was added")
+        try:
+            for source, final in places:
+                _make_directory(final.parent, undo)
+                # Noted before it is done, so that an interrupt in between is undone as well.
+                undo.callback(_move_back, final, source)
+                source.rename(final)
+        except OSError as exc:
+            raise BundleError(
+                f"cannot put a policy into {repository}: {exc}; nothing was added"
+            ) from exc
+        undo.pop_all()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_policy_names(names: Sequence[str]) -> None:
+    for name in names:
+        if not POLICY_NAME.fullmatch(name):
+            raise BundleError(
+                f"{name!r} cannot be a policy's name: expected letters, digits, '.', '_' and '-', "
+                "beginning with a letter or digit; export it alone, under a name of your own"
+            )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BundleError(
+            f"several policies would be called {twice[0]!r} in one repository; export them one by "
+            "one, under names of your own"
+        )
+
+
+def _make_directory(path: Path, undo: contextlib.ExitStack) -> None:
+    """Make a directory and its parents; undone, those that were made and are empty go again."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    for each in reversed(missing):
+        undo.callback(_remove_if_empty, each)
+        each.mkdir(exist_ok=True)
+
+
+def _remove_if_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def _move_back(final: Path, source: Path) -> None:
+    if not source.exists():
+        final.rename(source)
+
+
+def _next_version(policy: Path) -> str:
+    versions = [int(entry.name) for entry in policy.glob("*") if entry.name.isdecimal()]
+    return str(max(versions, default=0) + 1)

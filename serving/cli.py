@@ -17,6 +17,7 @@ from rich.table import Table
 
 from serving.bundle import Bundle, read_bundle
 from serving.errors import UsageError
+from serving.inspection import interface_rows, origin_rows
 from serving.spaces import describe_space
 
 _console = Console(highlight=False, soft_wrap=True)
@@ -27,6 +28,7 @@ class Engine(str, enum.Enum):
 
     onnx = "onnx"
     torchscript = "torchscript"
+    pt2 = "pt2"
 
 
 class Device(str, enum.Enum):
@@ -56,35 +58,8 @@ def inspect(
 
 
 def _bundle_table(bundle: Bundle) -> Table:
-    manifest = bundle.manifest
-    raw = manifest.raw
     table = Table(title=str(bundle.path), show_header=False, title_justify="left")
-    environment = manifest.environment or {"id": "unknown"}
-    rows = {
-        "policy id": manifest.policy_id,
-        "algorithm": f"{manifest.algorithm}, module {raw.get('module_id')}",
-        "environment": f"{environment['id']} {environment.get('kwargs') or ''}".strip(),
-        "observation": describe_space(manifest.observation_space),
-        "action": f"{describe_space(manifest.action_space)}, {manifest.distribution}, bounding: "
-        f"{raw.get('action_bounding')}",
-        "outputs": ", ".join(manifest.outputs),
-        "created": str(raw.get("created")),
-    }
-    provenance = raw.get("provenance") or {}
-    rows["trained"] = ", ".join(
-        f"{key} {value}" for key, value in provenance.items() if not isinstance(value, dict)
-    )
-    for name, report in (raw.get("parity") or {}).items():
-        rows[f"parity ({name})"] = (
-            f"largest error {report['max_error']:.1g} over {report['n_observations']} observations "
-            f"at B = {', '.join(map(str, report['batch_sizes']))}; tolerance "
-            f"{report['tolerance']:g}"
-        )
-    for name, entry in manifest.files.items():
-        rows[name] = f"{entry.size_bytes / 1000:,.1f} kB, SHA-256 {entry.sha256[:16]}…"
-    for warning in raw.get("warnings") or ():
-        rows["warning"] = warning
-    for key, value in rows.items():
+    for key, value in (*interface_rows(bundle.manifest), *origin_rows(bundle.manifest)):
         table.add_row(key, value)
     return table
 
@@ -93,7 +68,9 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle.", metavar="BUNDLE")],
     engine: Annotated[
         Engine,
-        typer.Option(help="The runtime to replay in. TorchScript files are programs: trust them."),
+        typer.Option(
+            help="The runtime to replay in. TorchScript and pt2 are programs: trust them."
+        ),
     ] = Engine.onnx,
     device: Annotated[Device, typer.Option(help="Where to replay.")] = Device.cpu,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -141,7 +118,7 @@ def serve(
     ] = None,
     engine: Annotated[
         Engine | None,
-        typer.Option(help="Runtime [onnx]. TorchScript files are programs: trust them first."),
+        typer.Option(help="Runtime [onnx]. TorchScript and pt2 are programs: trust them first."),
     ] = None,
     max_batch_size: Annotated[
         int | None, typer.Option(help="Most observations in a batch [256].")
@@ -191,8 +168,10 @@ def serve(
 
 
 def _announce(url: str, name: str, bundle: Bundle, device: str) -> None:
+    from serving.schemas import example_observation
+
     manifest = bundle.manifest
-    observation = np.zeros(manifest.observation_space.shape).tolist()
+    observation = example_observation(manifest.observation_space.to_json())
     _console.print(
         f"{name}: {describe_space(manifest.observation_space)} -> "
         f"{describe_space(manifest.action_space)}, {manifest.policy_id}, on {device}"
@@ -213,23 +192,46 @@ def act(
         bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Makes a sample repeatable.", min=0)] = None,
+    state: Annotated[
+        str | None,
+        typer.Option(help="What the policy remembers: the last answer's `state`.", metavar="JSON"),
+    ] = None,
+    reward: Annotated[
+        float | None, typer.Option(help="Of the step before, for a policy that reads it.")
+    ] = None,
+    action_mask: Annotated[
+        str | None, typer.Option(help="Which actions are allowed: [1,0,1].", metavar="JSON")
+    ] = None,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait.", min=0.001)] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole answer.")] = False,
 ) -> None:
-    """One action for one observation from a served policy."""
+    """One action for one observation from a served policy; with its state where it has one."""
     from serving.client import PolicyClient
 
-    text = sys.stdin.read() if observation == "-" else observation
-    try:
-        value = json.loads(text)
-    except ValueError as exc:
-        raise UsageError(f"--observation is not JSON: {exc}") from exc
-    request: dict[str, Any] = {"observation": value, "deterministic": not stochastic}
+    request: dict[str, Any] = {
+        "observation": _json_option(
+            "--observation", sys.stdin.read() if observation == "-" else observation
+        ),
+        "deterministic": not stochastic,
+    }
     if seed is not None:
         request["seed"] = seed
+    if reward is not None:
+        request["reward"] = reward
+    if state is not None:
+        request["state"] = _json_option("--state", state)
+    if action_mask is not None:
+        request["action_mask"] = _json_option("--action-mask", action_mask)
     with PolicyClient(url, timeout_s=timeout_s) as client:
         answer = client.answer(request)
     print(json.dumps(answer if as_json else answer["action"]))
+
+
+def _json_option(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise UsageError(f"{name} is not JSON: {exc}") from exc
 
 
 def play(
@@ -246,6 +248,10 @@ def play(
     seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
     stochastic: Annotated[
         bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
+    ] = False,
+    action_mask: Annotated[
+        bool,
+        typer.Option("--action-mask", help="Allow only what the environment's info allows."),
     ] = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for a step.", min=0.001)] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -268,6 +274,7 @@ def play(
             seed=seed,
             deterministic=not stochastic,
             num_envs=num_envs,
+            use_action_mask=action_mask,
         )
     latencies_us = np.percentile(result.step_latencies_s, [50, 95, 99]) * 1e6
     figures: dict[str, Any] = {

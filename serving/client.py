@@ -13,189 +13,24 @@ import contextlib
 import email.message
 import http.client
 import json
-import random
 import ssl
 import threading
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
 
 import httpx
-import numpy as np
-import orjson
-from numpy.typing import NDArray
 
+from serving.dialects.native_client import ClientCodec, States, options
+from serving.endpoint import Endpoint, with_retry_after
 from serving.errors import (
     ConnectionFailedError,
     DeadlineExceededError,
-    InvalidObservationError,
     PolicyServingError,
-    UnexpectedAnswerError,
-    UnknownPolicyError,
-    UsageError,
-    from_problem,
 )
-from serving.interface import OutputName, PolicyOutput
-from serving.spaces import Space, space_from_json
+from serving.interface import OutputName, PolicyOutput, State
 
-_POLICIES = "/v1/policies"
 _JSON_HEADERS = {"content-type": "application/json"}
-_MAX_BACKOFF_S = 2.0
-
-
-class _Endpoint:
-    """What both clients share: the address, building bodies, reading answers, when to retry."""
-
-    def __init__(self, url: str, policy: str | None, max_retries: int, backoff_s: float) -> None:
-        expected = "expected http://HOST:PORT/v1/policies/NAME"
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as exc:
-            raise UsageError(f"{url!r} is no URL: {exc}; {expected}") from exc
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"{url!r} is no URL of a served policy; {expected}")
-        self.scheme = parts.scheme
-        self.host = parts.hostname
-        self.port = port or (443 if parts.scheme == "https" else 80)
-        self.prefix, _, name = parts.path.rstrip("/").partition(_POLICIES)
-        name = unquote(name.strip("/"))
-        if "/" in name:
-            raise UsageError(f"{url!r}: {name!r} is no policy's name; give the policy's URL")
-        self.policy = policy or name or None
-        self.max_retries = max_retries
-        self._backoff_s = backoff_s
-
-    @property
-    def origin(self) -> str:
-        """Scheme, host and port."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
-
-    @property
-    def policy_path(self) -> str:
-        """The policy's path."""
-        return f"{self.prefix}{_POLICIES}/{quote(self.policy or '', safe='')}"
-
-    @property
-    def list_path(self) -> str:
-        """The path of the list of policies."""
-        return f"{self.prefix}{_POLICIES}"
-
-    def only_policy(self, listed: Mapping[str, Any]) -> str:
-        """The name of the one policy that a server has."""
-        names = [entry["policy"] for entry in _member(listed, "policies")]
-        if len(names) != 1:
-            raise UnknownPolicyError(
-                f"{self.origin} serves {', '.join(names) or 'nothing'}; name one: "
-                f"{self.origin}{_POLICIES}/NAME"
-            )
-        return str(names[0])
-
-    def read(self, status: int, body: bytes) -> dict[str, Any]:
-        """The answer's object, or the server's error raised."""
-        try:
-            content = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            content = None
-        if status != 200:
-            if not isinstance(content, dict):
-                content = {"detail": _quoted(status, body)}
-            raise from_problem(content, status)
-        if not isinstance(content, dict):
-            raise UnexpectedAnswerError(
-                f"{self.origin} is no policy server: {_quoted(status, body)}"
-            )
-        return content
-
-    def pause_s(self, attempt: int, error: PolicyServingError) -> float | None:
-        """How long to wait before the next attempt; None: give up.
-
-        Full jitter (a uniform draw up to a doubling bound), so that clients that failed together
-        do not come back together; never less than the server's `Retry-After`.
-        """
-        if not error.retryable or isinstance(error, DeadlineExceededError):
-            return None
-        if attempt >= self.max_retries:
-            return None
-        bound = min(_MAX_BACKOFF_S, self._backoff_s * 2.0**attempt)
-        return max(random.uniform(0.0, bound), float(error.details.get("retry_after_s", 0.0)))
-
-
-def _quoted(status: int, body: bytes) -> str:
-    return f"it answered {status} with {body[:200].decode('utf-8', 'replace')!r}"
-
-
-def _member(answer: Mapping[str, Any], name: str) -> Any:
-    if name not in answer:
-        raise UnexpectedAnswerError(
-            f"found no `{name}` in the answer, which has {', '.join(answer) or 'nothing'}; is this "
-            "a policy server?"
-        )
-    return answer[name]
-
-
-def _array(value: Any, dtype: str) -> NDArray[Any]:
-    try:
-        return np.asarray(value, dtype=dtype)
-    except (TypeError, ValueError) as exc:
-        raise UnexpectedAnswerError(f"found {value!r} in the answer, expected {dtype}") from exc
-
-
-def _sendable(value: NDArray[Any], pointer: str) -> NDArray[Any]:
-    """The array as the encoder takes it: contiguous, native byte order, at most 64 bits."""
-    if value.dtype.kind not in "fiub" or not np.isfinite(value).all():
-        # JSON has no NaN and no infinity, so this cannot be left to the server to say.
-        raise InvalidObservationError(
-            f"found {value.dtype} values that are not all finite numbers", pointer=pointer
-        )
-    dtype = value.dtype.newbyteorder("=")
-    if dtype.kind == "f" and dtype.itemsize not in (4, 8):
-        dtype = np.dtype(np.float64)
-    return np.ascontiguousarray(value, dtype=dtype).reshape(value.shape)
-
-
-def _request_body(
-    key: str,
-    value: NDArray[Any],
-    deterministic: bool,
-    seed: int | None,
-    timeout_ms: float | None,
-    outputs: Collection[OutputName],
-) -> bytes:
-    body: dict[str, Any] = {key: _sendable(value, f"/{key}")}
-    if not deterministic:
-        body["deterministic"] = False
-        if seed is not None:
-            body["seed"] = seed
-    if timeout_ms is not None:
-        body["timeout_ms"] = timeout_ms
-    if outputs:
-        body["outputs"] = sorted(outputs)
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _output(answer: Mapping[str, Any], space: Space) -> PolicyOutput:
-    def floats(name: str) -> NDArray[np.float32] | None:
-        return _array(answer[name], "float32") if name in answer else None
-
-    return PolicyOutput(
-        actions=_array(_member(answer, "actions"), space.dtype),
-        action_logp=floats("action_logp"),
-        value=floats("value"),
-        action_dist_inputs=floats("action_dist_inputs"),
-    )
-
-
-def _action(answer: Mapping[str, Any], space: Space) -> Any:
-    return _array(_member(answer, "action"), space.dtype)[()]
-
-
-def _with_retry_after(error: PolicyServingError, value: str | None) -> PolicyServingError:
-    if value is not None and value.isdigit():
-        error.details.setdefault("retry_after_s", int(value))
-    return error
 
 
 class PolicyClient:
@@ -229,12 +64,12 @@ class PolicyClient:
         Raises:
             UsageError: `url` is not one.
         """
-        self._endpoint = _Endpoint(url, policy, max_retries, backoff_s)
+        self._endpoint = Endpoint(url, policy, max_retries, backoff_s)
         self._timeout_s = timeout_s
         self._local = threading.local()
         self._connections: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
-        self._action_space: Space | None = None
+        self._described: ClientCodec | None = None
 
     def describe(self) -> dict[str, Any]:
         """What the policy expects and returns: the answer of `GET /v1/policies/{policy}`."""
@@ -248,26 +83,70 @@ class PolicyClient:
         deterministic: bool = True,
         seed: int | None = None,
         timeout_ms: float | None = None,
+        state: State | None = None,
+        reward: float | None = None,
+        action_mask: Any = None,
     ) -> Any:
         """One action for one observation, as the environment takes it.
 
+        A policy with memory needs its state back: see `step`.
+
         Args:
-            observation: Anything NumPy reads as an array of the observation space's shape.
+            observation: As the environment gives it: anything NumPy reads as an array of the
+                observation space's shape; a dict for Dict, a tuple for Tuple.
             deterministic: Take the most likely action instead of sampling.
             seed: Makes a sampled action repeatable.
             timeout_ms: The server answers in this time or not at all (`DeadlineExceededError`).
+            state: What the policy remembers of this episode; None at its start.
+            reward: Of the step before; sent only to a policy that reads it.
+            action_mask: (M,) 0/1 or bool, which actions are allowed; None: all.
 
         Returns:
-            A NumPy scalar (Discrete) or array (Box) of the action space's dtype.
+            A NumPy scalar (Discrete) or array of the action space's dtype; a dict or a tuple of
+            them for Dict and Tuple.
 
         Raises:
             PolicyServingError: The server's own error, or `ConnectionFailedError`.
         """
-        space = self._space()
-        body = _request_body(
-            "observation", np.asarray(observation), deterministic, seed, timeout_ms, ()
+        action, _ = self.step(
+            observation,
+            state,
+            reward,
+            deterministic=deterministic,
+            seed=seed,
+            timeout_ms=timeout_ms,
+            action_mask=action_mask,
         )
-        return _action(self._call("POST", self._compute_path, body), space)
+        return action
+
+    def step(
+        self,
+        observation: Any,
+        state: State | None = None,
+        reward: float | None = None,
+        *,
+        deterministic: bool = True,
+        seed: int | None = None,
+        timeout_ms: float | None = None,
+        action_mask: Any = None,
+    ) -> tuple[Any, State | None]:
+        """One action, and what a policy with memory remembers for the next step.
+
+            state, reward = None, None  # an episode's start
+            action, state = policy.step(observation, state, reward)
+
+        See `compute_action`; the state is None for a policy without memory.
+        """
+        codec = self._codec()
+        body = codec.body_for_one(
+            observation,
+            options(deterministic=deterministic, seed=seed, timeout_ms=timeout_ms),
+            state=state,
+            reward=reward,
+            action_mask=action_mask,
+        )
+        answer = self._call("POST", self._compute_path, body)
+        return codec.action(answer), codec.state(answer)
 
     def compute_actions(
         self,
@@ -276,14 +155,21 @@ class PolicyClient:
         deterministic: bool = True,
         seed: int | None = None,
         outputs: Collection[OutputName] = (),
+        state: States | None = None,
+        rewards: Any = None,
+        action_mask: Any = None,
         timeout_ms: float | None = None,
     ) -> PolicyOutput:
         """One action per observation, in one request; see `serving.interface.Policy`."""
-        space = self._space()
-        body = _request_body(
-            "observations", np.asarray(observations), deterministic, seed, timeout_ms, outputs
+        codec = self._codec()
+        body = codec.body_for_many(
+            observations,
+            options(deterministic=deterministic, seed=seed, timeout_ms=timeout_ms, outputs=outputs),
+            state=state,
+            rewards=rewards,
+            action_mask=action_mask,
         )
-        return _output(self._call("POST", self._compute_path, body), space)
+        return codec.output(self._call("POST", self._compute_path, body))
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The server's answer to a `compute_action` request as it stands."""
@@ -306,10 +192,10 @@ class PolicyClient:
             listed = self._call("GET", self._endpoint.list_path, None)
             self._endpoint.policy = self._endpoint.only_policy(listed)
 
-    def _space(self) -> Space:
-        if self._action_space is None:
-            self._action_space = space_from_json(_member(self.describe(), "action_space"))
-        return self._action_space
+    def _codec(self) -> ClientCodec:
+        if self._described is None:
+            self._described = ClientCodec(self.describe())
+        return self._described
 
     def _call(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         attempt = 0
@@ -344,7 +230,7 @@ class PolicyClient:
         try:
             return self._endpoint.read(status, content)
         except PolicyServingError as exc:
-            raise _with_retry_after(exc, headers.get("retry-after")) from None
+            raise with_retry_after(exc, headers.get("retry-after")) from None
 
     def _exchange(
         self,
@@ -408,9 +294,9 @@ class AsyncPolicyClient:
         max_connections: int = 64,
     ) -> None:
         """See `PolicyClient`; `max_connections` bounds the pool."""
-        self._endpoint = _Endpoint(url, policy, max_retries, backoff_s)
+        self._endpoint = Endpoint(url, policy, max_retries, backoff_s)
         self._timeout_s = timeout_s
-        self._action_space: Space | None = None
+        self._described: ClientCodec | None = None
         limits = httpx.Limits(
             max_connections=max_connections, max_keepalive_connections=max_connections
         )
@@ -430,13 +316,44 @@ class AsyncPolicyClient:
         deterministic: bool = True,
         seed: int | None = None,
         timeout_ms: float | None = None,
+        state: State | None = None,
+        reward: float | None = None,
+        action_mask: Any = None,
     ) -> Any:
         """See `PolicyClient.compute_action`."""
-        space = await self._space()
-        body = _request_body(
-            "observation", np.asarray(observation), deterministic, seed, timeout_ms, ()
+        action, _ = await self.step(
+            observation,
+            state,
+            reward,
+            deterministic=deterministic,
+            seed=seed,
+            timeout_ms=timeout_ms,
+            action_mask=action_mask,
         )
-        return _action(await self._call("POST", self._compute_path, body), space)
+        return action
+
+    async def step(
+        self,
+        observation: Any,
+        state: State | None = None,
+        reward: float | None = None,
+        *,
+        deterministic: bool = True,
+        seed: int | None = None,
+        timeout_ms: float | None = None,
+        action_mask: Any = None,
+    ) -> tuple[Any, State | None]:
+        """See `PolicyClient.step`."""
+        codec = await self._codec()
+        body = codec.body_for_one(
+            observation,
+            options(deterministic=deterministic, seed=seed, timeout_ms=timeout_ms),
+            state=state,
+            reward=reward,
+            action_mask=action_mask,
+        )
+        answer = await self._call("POST", self._compute_path, body)
+        return codec.action(answer), codec.state(answer)
 
     async def compute_actions(
         self,
@@ -445,14 +362,21 @@ class AsyncPolicyClient:
         deterministic: bool = True,
         seed: int | None = None,
         outputs: Collection[OutputName] = (),
+        state: States | None = None,
+        rewards: Any = None,
+        action_mask: Any = None,
         timeout_ms: float | None = None,
     ) -> PolicyOutput:
         """See `PolicyClient.compute_actions`."""
-        space = await self._space()
-        body = _request_body(
-            "observations", np.asarray(observations), deterministic, seed, timeout_ms, outputs
+        codec = await self._codec()
+        body = codec.body_for_many(
+            observations,
+            options(deterministic=deterministic, seed=seed, timeout_ms=timeout_ms, outputs=outputs),
+            state=state,
+            rewards=rewards,
+            action_mask=action_mask,
         )
-        return _output(await self._call("POST", self._compute_path, body), space)
+        return codec.output(await self._call("POST", self._compute_path, body))
 
     @property
     def _compute_path(self) -> str:
@@ -463,10 +387,10 @@ class AsyncPolicyClient:
             listed = await self._call("GET", self._endpoint.list_path, None)
             self._endpoint.policy = self._endpoint.only_policy(listed)
 
-    async def _space(self) -> Space:
-        if self._action_space is None:
-            self._action_space = space_from_json(_member(await self.describe(), "action_space"))
-        return self._action_space
+    async def _codec(self) -> ClientCodec:
+        if self._described is None:
+            self._described = ClientCodec(await self.describe())
+        return self._described
 
     async def _call(self, method: str, path: str, body: bytes | None) -> dict[str, Any]:
         attempt = 0
@@ -495,7 +419,7 @@ class AsyncPolicyClient:
         try:
             return self._endpoint.read(response.status_code, response.content)
         except PolicyServingError as exc:
-            raise _with_retry_after(exc, response.headers.get("retry-after")) from None
+            raise with_retry_after(exc, response.headers.get("retry-after")) from None
 
     async def aclose(self) -> None:
         """Close all connections."""

@@ -38,8 +38,8 @@ class ServingConfig(BaseModel):
     """Processes that serve, each with every policy."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where inference runs; auto takes CUDA where the engine and a GPU are there, else the CPU."""
-    engine: Literal["onnx", "torchscript"] = "onnx"
-    """The runtime. TorchScript files are programs: choose it only for bundles you trust."""
+    engine: Literal["onnx", "torchscript", "pt2"] = "onnx"
+    """The runtime. TorchScript and pt2 files are programs: only for bundles you trust."""
     max_batch_size: int = Field(default=256, ge=1, le=65536)
     """Most observations in one batch."""
     max_queue_size: int = Field(default=4096, ge=1)

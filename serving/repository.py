@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from serving.bundle import MANIFEST
+from serving.bundle import MANIFEST, POLICY_NAME
 from serving.config import PolicySource
 from serving.errors import BundleError, ServingConfigError
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def find_policies(sources: Sequence[Path], *, name: str | None = None) -> list[PolicySource]:
@@ -74,7 +71,7 @@ def _newest(directory: Path) -> PolicySource:
 
 
 def _source(name: str, version: int, path: Path) -> PolicySource:
-    if not _NAME.fullmatch(name):
+    if not POLICY_NAME.fullmatch(name):
         raise ServingConfigError(
             f"{name!r} cannot be a policy's name: expected letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit; give another with --name"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.episodes import EpisodeResult, RolloutResult
 from serving.errors import PolicyServingError, UsageError
-from serving.interface import OutputName, Policy, PolicyOutput
-from serving.spaces import describe_space, space_from_gymnasium, space_from_json
-
-_Z_95 = 1.959964  # the normal distribution's two-sided 95 % quantile
+from serving.interface import OutputName, Policy, PolicyOutput, State
+from serving.spaces import batch_size, describe_space, space_from_gymnasium, space_from_json
 
 
 class EnvironmentFailedError(PolicyServingError):
@@ -27,91 +25,6 @@ class EnvironmentFailedError(PolicyServingError):
     code = "environment_failed"
     title = "Environment failed"
     http_status = None
-
-
-@dataclass(frozen=True)
-class EpisodeResult:
-    """One finished episode.
-
-    Attributes:
-        index: Its number, from 0; it was reset with `seed + index`.
-        episode_return: Undiscounted sum of rewards.
-        episode_length: Steps.
-        terminated: It ended by the environment's own rule.
-        truncated: It was cut off, for example by a time limit.
-    """
-
-    index: int
-    episode_return: float
-    episode_length: int
-    terminated: bool
-    truncated: bool
-
-
-@dataclass(frozen=True)
-class RolloutResult:
-    """Finished episodes, in the order of their numbers.
-
-    Attributes:
-        episodes: One entry each.
-        step_latencies_s: Seconds of each call of the policy (one per step of all environments).
-        duration_s: Wall time of the whole rollout.
-    """
-
-    episodes: tuple[EpisodeResult, ...]
-    step_latencies_s: NDArray[np.float64] = field(repr=False)
-    duration_s: float
-
-    @property
-    def returns(self) -> NDArray[np.float64]:
-        """(n_episodes,) returns."""
-        return np.array([episode.episode_return for episode in self.episodes])
-
-    @property
-    def n_steps(self) -> int:
-        """Environment steps in finished episodes."""
-        return sum(episode.episode_length for episode in self.episodes)
-
-    def summary(self) -> dict[str, float | int | None]:
-        """What `evaluate --json` prints.
-
-        `std_return` is the population's standard deviation; `ci95_return` half the width of the
-        mean's 95 % confidence interval (Student's t), None for a single episode.
-        """
-        returns = self.returns
-        lengths = [episode.episode_length for episode in self.episodes]
-        n = len(returns)
-        return {
-            "mean_return": float(returns.mean()),
-            "std_return": float(returns.std()),
-            "ci95_return": _ci95(returns),
-            "min_return": float(returns.min()),
-            "max_return": float(returns.max()),
-            "mean_length": float(np.mean(lengths)),
-            "n_episodes": n,
-            "n_terminated": sum(episode.terminated for episode in self.episodes),
-            "n_truncated": sum(episode.truncated for episode in self.episodes),
-        }
-
-
-def _ci95(returns: NDArray[np.float64]) -> float | None:
-    n = len(returns)
-    if n < 2:
-        return None
-    return float(_student_t_95(n - 1) * returns.std(ddof=1) / math.sqrt(n))
-
-
-def _student_t_95(degrees: int) -> float:
-    """Student's t, two-sided 95 %: Abramowitz and Stegun 26.7.5, and exact for 1 and 2."""
-    if degrees <= 2:
-        return {1: 12.706205, 2: 4.302653}[degrees]
-    z = _Z_95
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    )
 
 
 def make_env(env_id: str, /, **kwargs: Any) -> gym.Env[Any, Any]:
@@ -148,12 +61,14 @@ def evaluate_policy(
     seed: int = 0,
     deterministic: bool = True,
     num_envs: int = 1,
+    use_action_mask: bool = False,
     on_episode: Callable[[EpisodeResult], None] | None = None,
 ) -> RolloutResult:
     """Play whole episodes and report their returns.
 
     Episode i is reset with `seed + i` whichever environment plays it, so that a deterministic
-    policy gives the same returns for any `num_envs`.
+    policy gives the same returns for any `num_envs`. What a policy remembers is kept per episode,
+    and forgotten at its end.
 
     Args:
         policy: A bundle, a client, or RLlib's own module.
@@ -162,10 +77,12 @@ def evaluate_policy(
         seed: Of the environments, and of sampled actions.
         deterministic: Take the most likely actions instead of sampling.
         num_envs: Environments stepped together; their observations go to the policy in one call.
+        use_action_mask: Give the policy `info["action_mask"]`, as Gymnasium's environments state
+            which actions are allowed.
         on_episode: Called after each episode.
 
     Raises:
-        UsageError: `num_envs` > 1 with a single environment.
+        UsageError: `num_envs` > 1 with a single environment, or an `info` without a mask.
         EnvironmentFailedError: An environment raised.
     """
     owned: list[gym.Env[Any, Any]] = []
@@ -180,7 +97,8 @@ def evaluate_policy(
             for _ in range(min(num_envs, n_episodes)):
                 owned.append(make())  # noqa: PERF401 - what was made is closed if the next fails
         envs = owned or [cast("gym.Env[Any, Any]", env)]
-        return _Loop(policy, envs, n_episodes, seed, deterministic, on_episode).run()
+        loop = _Loop(policy, envs, n_episodes, seed, deterministic, use_action_mask, on_episode)
+        return loop.run()
     finally:
         for entry in owned:
             entry.close()
@@ -191,6 +109,10 @@ class _Running:
     env: gym.Env[Any, Any]
     index: int
     observation: Any
+    info: Mapping[str, Any]
+    # What the policy remembers (one row), and the reward of the step before.
+    state: State | None = None
+    reward: float = 0.0
     episode_return: float = 0.0
     episode_length: int = 0
 
@@ -203,6 +125,7 @@ class _Loop:
         n_episodes: int,
         seed: int,
         deterministic: bool,
+        use_action_mask: bool,
         on_episode: Callable[[EpisodeResult], None] | None,
     ) -> None:
         self._policy = policy
@@ -210,6 +133,7 @@ class _Loop:
         self._n_episodes = n_episodes
         self._seed = seed
         self._deterministic = deterministic
+        self._use_action_mask = use_action_mask
         self._on_episode = on_episode
         self._finished: list[EpisodeResult] = []
         self._latencies_s: list[float] = []
@@ -234,15 +158,31 @@ class _Loop:
             duration_s=time.perf_counter() - started,
         )
 
-    def _act(self, running: list[_Running]) -> NDArray[Any]:
-        observations = np.stack([episode.observation for episode in running])
+    def _act(self, running: list[_Running]) -> list[Any]:
+        masks: dict[str, Any] = {}
+        if self._use_action_mask:
+            masks["action_mask"] = [_action_mask(episode.info) for episode in running]
+        observations = _batch([episode.observation for episode in running])
+        rewards = np.array([episode.reward for episode in running], dtype=np.float32)
         seed = None if self._deterministic else next(self._seeds)
         started = time.perf_counter()
         output = self._policy.compute_actions(
-            observations, deterministic=self._deterministic, seed=seed
+            observations,
+            deterministic=self._deterministic,
+            seed=seed,
+            state=self._state(running),
+            rewards=rewards,
+            **masks,
         )
         self._latencies_s.append(time.perf_counter() - started)
-        return output.actions
+        if output.state is not None:
+            for index, episode in enumerate(running):
+                episode.state = {name: values[index] for name, values in output.state.items()}
+        return list(output)
+
+    def _state(self, running: list[_Running]) -> list[State | None] | None:
+        states = [episode.state for episode in running]
+        return None if all(state is None for state in states) else states
 
     def _action_seeds(self) -> Iterator[int]:
         generator = np.random.default_rng(self._seed)
@@ -251,24 +191,25 @@ class _Loop:
 
     def _reset(self, env: gym.Env[Any, Any], index: int) -> _Running:
         try:
-            observation, _ = env.reset(seed=self._seed + index)
+            observation, info = env.reset(seed=self._seed + index)
         except Exception as exc:  # a user's environment can raise anything
             raise EnvironmentFailedError(
                 f"the environment failed in reset (episode {index}): {type(exc).__name__}: {exc}"
             ) from exc
-        return _Running(env, index, observation)
+        return _Running(env, index, observation, info)
 
     def _step(self, episode: _Running, action: Any) -> bool:
         """Take one step; True when the episode is over."""
         try:
-            observation, reward, terminated, truncated, _ = episode.env.step(action)
+            observation, reward, terminated, truncated, info = episode.env.step(action)
         except Exception as exc:  # a user's environment can raise anything
             raise EnvironmentFailedError(
                 f"the environment failed in step {episode.episode_length} of episode "
                 f"{episode.index}: {type(exc).__name__}: {exc}"
             ) from exc
-        episode.observation = observation
-        episode.episode_return += float(reward)
+        episode.observation, episode.info = observation, info
+        episode.reward = float(reward)
+        episode.episode_return += episode.reward
         episode.episode_length += 1
         if not (terminated or truncated):
             return False
@@ -283,6 +224,25 @@ class _Loop:
         if self._on_episode is not None:
             self._on_episode(result)
         return True
+
+
+def _batch(observations: list[Any]) -> Any:
+    """One array where an observation is one; a Dict's or Tuple's stay a list, as `Policy` takes."""
+    if isinstance(observations[0], Mapping | tuple):
+        return observations
+    return np.stack(observations)
+
+
+def _action_mask(info: Mapping[str, Any]) -> NDArray[Any]:
+    """The mask of an `info`; a MultiDiscrete's, one array per component, becomes one."""
+    mask = info.get("action_mask")
+    if mask is None:
+        raise UsageError(
+            f"the environment's info has no action_mask; it has {', '.join(info) or 'nothing'}"
+        )
+    if isinstance(mask, tuple):
+        return np.concatenate([np.ravel(part) for part in mask])
+    return np.asarray(mask)
 
 
 def policy_environment(
@@ -353,11 +313,34 @@ class RandomPolicy:
 
     def compute_actions(
         self,
-        observations: NDArray[Any],
+        observations: Any,
         *,
         deterministic: bool = True,  # noqa: ARG002 - the protocol's
         seed: int | None = None,  # noqa: ARG002 - the protocol's
         outputs: Collection[OutputName] = (),  # noqa: ARG002 - the protocol's
+        state: Any = None,  # noqa: ARG002 - the protocol's
+        rewards: Any = None,  # noqa: ARG002 - the protocol's
+        action_mask: Any = None,
     ) -> PolicyOutput:
-        """One random action per observation."""
-        return PolicyOutput(actions=np.stack([self._space.sample() for _ in observations]))
+        """One random action per observation, of those that a mask allows."""
+        n = batch_size(observations)
+        masks = [None] * n if action_mask is None else [self._gym_mask(row) for row in action_mask]
+        return PolicyOutput(actions=_stack([self._space.sample(mask) for mask in masks]))
+
+    def _gym_mask(self, mask: Any) -> Any:
+        """As Gymnasium takes it: int8, for MultiDiscrete one array per component."""
+        if mask is None:
+            return None
+        flat = np.asarray(mask, dtype=np.int8)
+        if isinstance(self._space, gym.spaces.MultiDiscrete):
+            return tuple(np.split(flat, np.cumsum(self._space.nvec)[:-1]))
+        return flat
+
+
+def _stack(actions: list[Any]) -> Any:
+    """Actions of any space as a nested batch."""
+    if isinstance(actions[0], Mapping):
+        return {key: _stack([action[key] for action in actions]) for key in actions[0]}
+    if isinstance(actions[0], tuple):
+        return tuple(map(_stack, map(list, zip(*actions, strict=True))))
+    return np.stack(actions)

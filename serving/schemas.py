@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -39,6 +41,32 @@ class EngineDescription(BaseModel):
     )
 
 
+class Takes(BaseModel):
+    """What a request to this policy may hold beside observations."""
+
+    action_mask: bool
+    reward: bool = Field(description="The reward of the step before.")
+    state: bool = Field(description="Whether the policy has a memory.")
+    stochastic: bool = Field(description="Whether `deterministic` may be false.")
+
+
+class GraphInput(BaseModel):
+    """One input of the policy's graph."""
+
+    name: str
+    role: Literal["observation", "state", "reward", "action_mask", "noise"]
+    dtype: str
+    shape: list[int] = Field(description="-1 is the batch.")
+
+
+class StateDescription(BaseModel):
+    """One array that a policy remembers."""
+
+    dtype: str
+    shape: list[int]
+    initial: Any = Field(description="At an episode's start: one number for all, or nested lists.")
+
+
 class PolicyDescription(BaseModel):
     """One served policy: what it expects and returns, and where it came from."""
 
@@ -52,6 +80,14 @@ class PolicyDescription(BaseModel):
     summary: str
     action_distribution: str
     outputs: list[str] = Field(description="What `outputs` may ask for.")
+    takes: Takes
+    inputs: list[GraphInput] = Field(description="The graph's inputs.")
+    state: dict[str, StateDescription] = Field(
+        description="What the policy remembers: send the last answer's `state` with the next "
+        "observation of the same episode. Empty for a policy without memory."
+    )
+    module_id: str = Field(description="The RLModule's name in the checkpoint.")
+    agents: dict[str, str] = Field(description="Agent to module, in a multi-agent checkpoint.")
     engine: EngineDescription
     provenance: dict[str, Any] | None
     parity: dict[str, Any] | None
@@ -61,3 +97,40 @@ class PolicyList(BaseModel):
     """All served policies."""
 
     policies: list[PolicyDescription]
+
+
+def example_observation(
+    space: Mapping[str, Any], generator: np.random.Generator | None = None
+) -> Any:
+    """One observation of a described space, as JSON takes it.
+
+    Args:
+        space: A policy's `observation_space` as its description states it.
+        generator: Draws one: small normal numbers for Box, uniform ones for the others. None:
+            zeros, or the nearest that the space has.
+    """
+    kind = space["type"]
+    if kind == "Dict":
+        return {
+            key: example_observation(child, generator)
+            for key, child in sorted(space["spaces"].items())
+        }
+    if kind == "Tuple":
+        return [example_observation(child, generator) for child in space["spaces"]]
+    if kind == "Box":
+        return _example_box(space, generator)
+    sizes = np.asarray(
+        space["n"] if kind == "Discrete" else space.get("nvec", np.full(space.get("shape", ()), 2))
+    )
+    start = np.asarray(space.get("start", 0))
+    return (start + (generator.integers(sizes) if generator else 0 * sizes)).tolist()
+
+
+def _example_box(space: Mapping[str, Any], generator: np.random.Generator | None) -> Any:
+    shape, dtype = space["shape"], np.dtype(space["dtype"])
+    if generator is None:
+        return np.zeros(shape, dtype).tolist()
+    if dtype.kind == "f":
+        return generator.normal(scale=0.1, size=shape).astype(dtype).tolist()
+    highest = 1 if dtype.kind == "b" else min(255, np.iinfo(dtype).max)
+    return generator.integers(0, highest + 1, size=shape).astype(dtype).tolist()

@@ -9,12 +9,13 @@ ordinary application, and in a test without a server.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from serving.batching import Batcher, BatchItem
 from serving.config import PolicySource, ServingConfig
@@ -27,12 +28,16 @@ from serving.errors import (
     UnknownPolicyError,
     problem,
 )
+from serving.interface import OutputName, PolicyOutput
+from serving.manifest import ACTION_MASK
 from serving.metrics import PolicyMetrics, ServerMetrics
-from serving.spaces import describe_space
+from serving.spaces import MultiDiscreteSpace, Space, describe_space
 from serving.verification import load_verified_policy
 
 JSON = b"application/json"
 PROBLEM_JSON = b"application/problem+json"
+_MAY_BE_MINUS_INFINITY = frozenset({"action_logp", "action_dist_inputs", "q_values"})
+_LOWEST = np.finfo(np.float32).min
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class PolicyService:
             policy.manifest,
             max_observations_per_request=config.max_observations_per_request,
         )
+        self._mask_starts = _mask_starts(policy.manifest.action_space)
         self._metrics = PolicyMetrics(
             metrics, source.name, source.version, policy.manifest.policy_id
         )
@@ -84,7 +90,7 @@ class PolicyService:
             encoded = await self._compute(request)
         except PolicyServingError as exc:
             return self.refuse(exc, time.perf_counter() - started)
-        self._metrics.answered(len(request.observations), time.perf_counter() - started)
+        self._metrics.answered(request.n, time.perf_counter() - started)
         return Answer(200, JSON, encoded)
 
     def refuse(self, error: PolicyServingError, duration_s: float = 0.0) -> Answer:
@@ -101,15 +107,35 @@ class PolicyService:
             )
         # Before batching: what one caller may not ask must not fail the others of its batch.
         self.policy.check_outputs(request.outputs)
-        n = len(request.observations)
-        noise = None if request.deterministic else self.policy.draw_noise(n, request.seed)
+        inputs = request.inputs
+        if not request.deterministic:
+            noise = self.policy.draw_noise(request.n, request.seed)
+            inputs = {**inputs, "noise": noise}
         output = await self.batcher.compute(
-            BatchItem(request.observations, noise, request.outputs), timeout_s=request.timeout_s
+            BatchItem(inputs, request.n, not request.deterministic, request.outputs),
+            timeout_s=request.timeout_s,
         )
-        if output.actions.dtype.kind == "f" and not np.isfinite(output.actions).all():
-            # Finite numbers can overflow inside a network; JSON would say `null`.
-            raise InferenceError("the network overflowed: the action is not a finite number")
-        return self.codec.encode(output, is_single=request.is_single)
+        return self.codec.encode(self._checked(output, request), is_single=request.is_single)
+
+    def _checked(self, output: PolicyOutput, request: ComputeRequest) -> PolicyOutput:
+        """One caller's answer, if it may be answered.
+
+        Finite observations can become NaN inside a network, by an overflow or a division by zero.
+        JSON would say `null` for it, and the most likely of NaN logits is action 0, allowed or not.
+
+        Raises:
+            InferenceError: A number is not finite, or an action is one that the mask forbids.
+        """
+        for name, values in (("action", output.actions), ("state", output.state)):
+            if not _is_finite(values):
+                raise _not_finite(name)
+        masks = request.inputs.get(ACTION_MASK)
+        if masks is not None and not _allows(masks, output.actions, self._mask_starts):
+            raise InferenceError(
+                "the network answered an action that `action_mask` forbids: its logits are not "
+                "finite for this observation, or the policy's graph does not mask"
+            )
+        return _with_finite_outputs(output, request.outputs) if request.outputs else output
 
     def _batch_done(self, size: int, duration_s: float) -> None:
         self._metrics.batch_done(size, duration_s, self.batcher.queue_size)
@@ -117,7 +143,12 @@ class PolicyService:
     def describe(self) -> dict[str, Any]:
         """What `GET /v1/policies/{policy}` answers."""
         manifest = self.policy.manifest
-        outputs = ["action_logp", "action_dist_inputs"] + ["value"] * manifest.has_value
+        takes = {
+            "action_mask": manifest.mask_size > 0,
+            "reward": manifest.has_reward,
+            "state": bool(manifest.state),
+            "stochastic": manifest.noise.size > 0,
+        }
         return {
             "policy": self.name,
             "version": self.version,
@@ -131,7 +162,12 @@ class PolicyService:
                 f"{describe_space(manifest.action_space)}"
             ),
             "action_distribution": manifest.distribution,
-            "outputs": sorted(outputs),
+            "outputs": sorted(self.policy.available_outputs),
+            "takes": takes,
+            "inputs": [spec.to_json() for spec in manifest.inputs],
+            "state": {name: spec.to_json() for name, spec in manifest.state.items()},
+            "module_id": manifest.module_id,
+            "agents": dict(manifest.agents),
             "engine": {
                 "name": self.policy.graph.name,
                 "device": self.policy.graph.device,
@@ -144,6 +180,58 @@ class PolicyService:
             "provenance": manifest.raw.get("provenance"),
             "parity": manifest.raw.get("parity"),
         }
+
+
+def _is_finite(nested: Any) -> bool:
+    """Whether all floating-point numbers of a nested batch are finite."""
+    if isinstance(nested, np.ndarray):
+        return nested.dtype.kind != "f" or bool(np.isfinite(nested).all())
+    if nested is None:
+        return True
+    parts = nested if isinstance(nested, tuple) else nested.values()
+    return all(map(_is_finite, parts))
+
+
+def _not_finite(name: str) -> InferenceError:
+    return InferenceError(
+        f"the network overflowed or divided by zero: `{name}` is not a finite number"
+    )
+
+
+def _with_finite_outputs(output: PolicyOutput, asked: Collection[OutputName]) -> PolicyOutput:
+    """The answer with what was asked for as JSON can carry it.
+
+    A logit or log-probability of -inf, which says "never", becomes the lowest float32.
+
+    Raises:
+        InferenceError: Another number is not finite.
+    """
+    changed = {}
+    for name in asked:
+        values = getattr(output, name)
+        if _is_finite(values):
+            continue
+        if name in _MAY_BE_MINUS_INFINITY:
+            values = np.where(np.isneginf(values), _LOWEST, values)
+        if not _is_finite(values):
+            raise _not_finite(name)
+        changed[name] = values
+    return replace(output, **changed) if changed else output
+
+
+def _mask_starts(space: Space) -> NDArray[np.int64]:
+    """Where the actions of each component stand in a mask, (components,)."""
+    sizes = space.nvec.ravel() if isinstance(space, MultiDiscreteSpace) else np.zeros(1, np.int64)
+    return np.cumsum(sizes) - sizes
+
+
+def _allows(masks: NDArray[np.bool_], actions: NDArray[Any], starts: NDArray[np.int64]) -> bool:
+    """Whether every action, (B, ...) from 0, is allowed by its row of (B, M)."""
+    places = actions.reshape(len(masks), -1) + starts
+    if places.min() < 0 or places.max() >= masks.shape[1]:
+        return False
+    # Saves 2 of 6 microseconds over `take_along_axis`, for one row.
+    return bool(masks[np.arange(len(masks))[:, None], places].all())
 
 
 class PolicyServices:

@@ -1,11 +1,23 @@
 """Tiny bundles, made in milliseconds: a linear policy as ONNX, and the same policy in NumPy.
 
 The NumPy half is an independent implementation: its answers are the tests' expected values.
+
+`discrete_policy()` (Box -> Discrete, with an action mask) and `box_policy()` (Box -> Box) are
+here; `tests/tiny_policies.py` has the other spaces, memory and a policy without a distribution.
+All of them have
+
+- `save(target, damage_golden=, damage_model=, facts=) -> target`, the bundle on disk
+- `outputs`, the graph's outputs; `noise_size`
+- `observations(n, seed)`, a batch as `compute_actions` takes it
+- `golden()` and `facts()`, what the bundle says
+
+`LinearPolicy.answers(observations, noise, mask=None)`, `TinyPolicy.answers(inputs)`: what the
+graph has to answer, by output name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +40,69 @@ OUTPUTS = (
 LOW = np.array([-2.0, -1.0], dtype=np.float32)
 HIGH = np.array([2.0, 3.0], dtype=np.float32)
 GOLDEN_SEED = 11
+N_GOLDEN = 70
+# What every tiny policy states alike, with the keys of an export.
+COMMON_FACTS: dict[str, Any] = {
+    "created": "2026-01-01T00:00:00+00:00",
+    "algorithm": "PPO",
+    "module_id": "default_policy",
+    "agents": {},
+    "environment": {"id": "Tiny-v0", "kwargs": {}},
+    "action_bounding": "none",
+    "connectors": {"env_to_module": [], "module_to_env": []},
+    "state": {},
+    "tolerance": 1e-5,
+    "deterministic_action": "rllib",
+    "golden": {"n_rows": N_GOLDEN, "n_steps": 1},
+    "opset": 20,
+    "provenance": {"python": "3.11"},
+    "warnings": [],
+    "parity": {},
+}
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def _log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
+def log_softmax(logits: NDArray[Any]) -> NDArray[Any]:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def discrete_answers(logits: NDArray[Any], noise: NDArray[Any], mask: NDArray[Any]) -> Arrays:
+    """Actions and log-probabilities of masked logits; the twin of `discrete_head`."""
+    logits = np.where(mask, logits, -np.inf)
+    logp = log_softmax(logits)
+    every = np.arange(len(logits))
+    greedy = logits.argmax(axis=1)
+    sampled = (logits + noise).argmax(axis=1)
+    return {
+        "action": greedy,
+        "action_logp": logp[every, greedy].astype(np.float32),
+        "sampled_action": sampled,
+        "sampled_action_logp": logp[every, sampled].astype(np.float32),
+    }
+
+
+def save_bundle(
+    target: Path,
+    model: onnx.ModelProto,
+    golden: Arrays,
+    facts: Mapping[str, Any],
+    *,
+    damage_golden: Callable[[Arrays], None] | None = None,
+    damage_model: Callable[[onnx.ModelProto], None] | None = None,
+    replace_facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a bundle; the damages change what they get before it is written."""
+    if damage_model is not None:
+        damage_model(model)
+    if damage_golden is not None:
+        damage_golden(golden)
+    with replacing_bundle(target) as scratch:
+        (scratch / ONNX).write_bytes(model.SerializeToString())
+        np.savez_compressed(scratch / GOLDEN, allow_pickle=False, **golden)
+        write_manifest(scratch, {**facts, **(replace_facts or {})}, [ONNX, GOLDEN])
+    return target
 
 
 @dataclass(frozen=True)
@@ -71,28 +139,21 @@ class LinearPolicy:
         rows = np.asarray(observations, dtype=np.float64).reshape(len(observations), -1)
         return rows @ self.weights.astype(np.float64) + self.bias
 
-    def answers(self, observations: NDArray[Any], noise: NDArray[Any]) -> Arrays:
-        """What the graph has to answer, by output name."""
+    def answers(
+        self, observations: NDArray[Any], noise: NDArray[Any], mask: NDArray[Any] | None = None
+    ) -> Arrays:
+        """What the graph has to answer, by output name; a discrete policy may be masked."""
         inputs = self.inputs(observations)
-        found = self._discrete(inputs, noise) if self.kind == "discrete" else _box(inputs, noise)
+        if self.kind == "discrete":
+            found = discrete_answers(inputs, noise, np.ones_like(inputs) if mask is None else mask)
+        else:
+            found = _box(inputs, noise)
         found["action_dist_inputs"] = inputs.astype(np.float32)
         if self.has_value:
             rows = np.asarray(observations, dtype=np.float64).reshape(len(observations), -1)
             value = rows @ self.value_weights.astype(np.float64) + self.value_bias
             found["value"] = value[:, 0].astype(np.float32)
         return found
-
-    def _discrete(self, logits: NDArray[Any], noise: NDArray[Any]) -> Arrays:
-        logp = _log_softmax(logits)
-        every = np.arange(len(logits))
-        greedy = logits.argmax(axis=1)
-        sampled = (logits + noise).argmax(axis=1)
-        return {
-            "action": greedy,
-            "action_logp": logp[every, greedy].astype(np.float32),
-            "sampled_action": sampled,
-            "sampled_action_logp": logp[every, sampled].astype(np.float32),
-        }
 
     def save(
         self,
@@ -110,27 +171,25 @@ class LinearPolicy:
             damage_model: Changes the ONNX model before it is written.
             facts: Replaces facts of the manifest.
         """
-        model = onnx_model(self)
-        if damage_model is not None:
-            damage_model(model)
-        golden = self.golden()
-        if damage_golden is not None:
-            damage_golden(golden)
-        with replacing_bundle(target) as scratch:
-            (scratch / ONNX).write_bytes(model.SerializeToString())
-            np.savez_compressed(scratch / GOLDEN, allow_pickle=False, **golden)
-            write_manifest(scratch, {**self.facts(), **(facts or {})}, [ONNX, GOLDEN])
-        return target
+        return save_bundle(
+            target,
+            onnx_model(self),
+            self.golden(),
+            self.facts(),
+            damage_golden=damage_golden,
+            damage_model=damage_model,
+            replace_facts=facts,
+        )
 
-    def golden(self, n: int = 70) -> Arrays:
+    def golden(self, n: int = N_GOLDEN) -> Arrays:
         generator = np.random.default_rng(GOLDEN_SEED)
         observations = generator.normal(size=(n, *self.observation_shape)).astype(np.float32)
         noise = generator.normal(size=(n, self.noise_size)).astype(np.float32)
-        return {
-            "observation": observations,
-            "noise": noise,
-            **self.answers(observations, noise),
-        }
+        inputs: Arrays = {"observation": observations, "noise": noise}
+        if self.kind == "discrete":
+            inputs["action_mask"] = np.ones((n, self.noise_size), dtype=np.bool_)
+            inputs["action_mask"][5:15:2, 0] = False
+        return {**inputs, **self.answers(observations, noise, inputs.get("action_mask"))}
 
     def facts(self) -> dict[str, Any]:
         """Everything that `export.convert` states, with the same keys."""
@@ -145,11 +204,21 @@ class LinearPolicy:
                 "high": HIGH.tolist(),
             }
         )
+        size = self.noise_size
+        inputs = [
+            {
+                "name": "observation",
+                "role": "observation",
+                "dtype": "float32",
+                "shape": [-1, *self.observation_shape],
+            },
+            {"name": "noise", "role": "noise", "dtype": "float32", "shape": [-1, size]},
+        ]
+        if self.kind == "discrete":
+            mask = {"name": "action_mask", "role": "action_mask", "dtype": "bool"}
+            inputs.insert(1, {**mask, "shape": [-1, size]})
         return {
-            "created": "2026-01-01T00:00:00+00:00",
-            "algorithm": "PPO",
-            "module_id": "default_policy",
-            "environment": {"id": "Tiny-v0", "kwargs": {}},
+            **COMMON_FACTS,
             "observation_space": {
                 "type": "Box",
                 "shape": list(self.observation_shape),
@@ -159,18 +228,12 @@ class LinearPolicy:
             },
             "action_space": action_space,
             "distribution": "categorical" if self.kind == "discrete" else "diag_gaussian",
-            "noise": {
-                "distribution": "gumbel" if self.kind == "discrete" else "normal",
-                "size": self.noise_size,
-            },
+            "noise": [
+                {"distribution": "gumbel" if self.kind == "discrete" else "normal", "size": size}
+            ],
             "action_bounding": "none" if self.kind == "discrete" else "unsquash",
-            "connectors": {"env_to_module": [], "module_to_env": []},
+            "inputs": inputs,
             "outputs": list(self.outputs),
-            "opset": 20,
-            "provenance": {"python": "3.11"},
-            "warnings": [],
-            "inputs": [],
-            "parity": {},
         }
 
 
@@ -238,7 +301,7 @@ def onnx_model(policy: LinearPolicy) -> onnx.ModelProto:
     ]
     constants: dict[str, NDArray[Any]] = {"weights": policy.weights, "bias": policy.bias}
     if policy.kind == "discrete":
-        more_nodes, more_constants = _discrete_nodes()
+        more_nodes, more_constants = discrete_head()
         action_shape, action_type = ["B"], TensorProto.INT64
     else:
         more_nodes, more_constants = _box_nodes()
@@ -263,17 +326,28 @@ def onnx_model(policy: LinearPolicy) -> onnx.ModelProto:
         "action_dist_inputs": (TensorProto.FLOAT, ["B", policy.weights.shape[1]]),
         "value": (TensorProto.FLOAT, ["B"]),
     }
+    inputs = {
+        "observation": (TensorProto.FLOAT, ["B", *policy.observation_shape]),
+        "noise": (TensorProto.FLOAT, ["B", policy.noise_size]),
+    }
+    if policy.kind == "discrete":
+        inputs["action_mask"] = (TensorProto.BOOL, ["B", policy.noise_size])
+    return make_model(nodes, inputs, {name: types[name] for name in policy.outputs}, constants)
+
+
+Types = Mapping[str, tuple[int, list[Any]]]
+
+
+def make_model(
+    nodes: Sequence[onnx.NodeProto], inputs: Types, outputs: Types, constants: Arrays
+) -> onnx.ModelProto:
+    """A checked model; types are (TensorProto's element type, shape)."""
     graph = helper.make_graph(
         nodes,
         "policy",
-        [
-            helper.make_tensor_value_info(
-                "observation", TensorProto.FLOAT, ["B", *policy.observation_shape]
-            ),
-            helper.make_tensor_value_info("noise", TensorProto.FLOAT, ["B", policy.noise_size]),
-        ],
-        [helper.make_tensor_value_info(name, *types[name]) for name in policy.outputs],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items()],
+        [helper.make_tensor_value_info(name, *kind) for name, kind in outputs.items()],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     model.ir_version = 10
@@ -281,12 +355,14 @@ def onnx_model(policy: LinearPolicy) -> onnx.ModelProto:
     return model
 
 
-def _discrete_nodes() -> tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]:
+def discrete_head() -> tuple[list[onnx.NodeProto], Arrays]:
+    """From `action_dist_inputs`, `action_mask` and `noise` to the actions and their logp."""
     nodes = [
-        helper.make_node("LogSoftmax", ["action_dist_inputs"], ["logp"], axis=-1),
-        helper.make_node("Add", ["action_dist_inputs", "noise"], ["perturbed"]),
+        helper.make_node("Where", ["action_mask", "action_dist_inputs", "floor"], ["masked"]),
+        helper.make_node("LogSoftmax", ["masked"], ["logp"], axis=-1),
+        helper.make_node("Add", ["masked", "noise"], ["perturbed"]),
     ]
-    for prefix, scores in (("", "action_dist_inputs"), ("sampled_", "perturbed")):
+    for prefix, scores in (("", "masked"), ("sampled_", "perturbed")):
         action, column = f"{prefix}action", f"{prefix}column"
         nodes += [
             helper.make_node("ArgMax", [scores], [action], axis=-1, keepdims=0),
@@ -294,10 +370,10 @@ def _discrete_nodes() -> tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]:
             helper.make_node("GatherElements", ["logp", column], [f"{column}_logp"], axis=1),
             helper.make_node("Squeeze", [f"{column}_logp", "last"], [f"{action}_logp"]),
         ]
-    return nodes, {"last": np.array([1])}
+    return nodes, {"last": np.array([1]), "floor": np.array(np.finfo(np.float32).min, np.float32)}
 
 
-def _box_nodes() -> tuple[list[onnx.NodeProto], dict[str, NDArray[Any]]]:
+def _box_nodes() -> tuple[list[onnx.NodeProto], Arrays]:
     nodes = [
         helper.make_node(
             "Split", ["action_dist_inputs"], ["mean", "log_std"], axis=1, num_outputs=2

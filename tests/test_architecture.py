@@ -23,8 +23,13 @@ ALLOWED = {
 # A heavy package may be imported only in these files.
 HOMES = {
     "ray.rllib": ("training/", "export/"),
-    "torch": ("training/", "export/", "serving/engines/torchscript_engine.py"),
-    "onnxruntime": ("serving/engines/onnx_engine.py", "loadtests/peers/"),
+    "torch": (
+        "training/",
+        "export/",
+        "serving/engines/torchscript_engine.py",
+        "serving/engines/pt2_engine.py",
+    ),
+    "onnxruntime": ("serving/engines/onnx_engine.py", "export/", "loadtests/peers/"),
     "locust": ("loadtests/locustfile.py",),
     "ray.serve": ("serving/deployment.py", "serving/server.py", "loadtests/peers/"),
 }

@@ -15,6 +15,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 
 from training.config import TrainingConfig
+from training.connectors import env_to_module, learner_connector
+from training.filter_merging import mend_filter_merging
 from training.reward_scaling import ScaledRewardPPOLearner
 
 FIRST_LR, LAST_LR, CONSTANT_LR = 1e-3, 0.0, 3e-4
@@ -54,7 +56,9 @@ class IterationResult:
 
 def build_algorithm(config: TrainingConfig) -> Algorithm:
     """Build the algorithm; Ray must be running."""
-    return rllib_config(config).build_algo()
+    algorithm = rllib_config(config).build_algo()
+    mend_filter_merging(algorithm)
+    return algorithm
 
 
 def rllib_config(config: TrainingConfig) -> PPOConfig:
@@ -77,8 +81,14 @@ def rllib_config(config: TrainingConfig) -> PPOConfig:
             num_env_runners=config.num_env_runners,
             num_envs_per_env_runner=config.num_envs_per_env_runner,
             rollout_fragment_length=config.rollout_fragment_length,
+            env_to_module_connector=env_to_module(config),
+            episode_lookback_horizon=_lookback(config),
         )
-        .learners(num_learners=0, num_gpus_per_learner=config.num_gpus)
+        .learners(
+            num_learners=0,
+            num_gpus_per_learner=config.num_gpus,
+            learner_connector=learner_connector(config),
+        )
         .training(**settings, learner_class=_learner_class(config))
         .rl_module(model_config=DefaultModelConfig(**model))
         .callbacks(on_episode_end=_episode_recorder())
@@ -122,6 +132,12 @@ def learning_rate(config: TrainingConfig) -> float | list[list[float]]:
     if config.stop.timesteps is None:
         return CONSTANT_LR
     return [[0, FIRST_LR], [config.stop.timesteps, LAST_LR]]
+
+
+def _lookback(config: TrainingConfig) -> int:
+    # Steps that RLlib keeps of an episode when it cuts it into chunks. With fewer than a connector
+    # looks back, the first steps of every chunk would be shown zeros.
+    return max(1, config.prev_actions, config.prev_rewards, config.frame_stack)
 
 
 def _learner_class(config: TrainingConfig) -> type[PPOTorchLearner]:

@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from training.train import TrainingResult
 
 
+_FIXED = (
+    # What a policy is made of, which a resumed run can't change.
+    *("env", "env_config", "algo", "model", "normalize_actions", "clip_actions"),
+    *("observation_filter", "prev_actions", "prev_rewards", "frame_stack"),
+)
+
+
 class _Job(NamedTuple):
     config: TrainingConfig
     run: RunDirectory
@@ -101,7 +108,7 @@ def train(
 
     if ":" in job.config.env and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # `module:EnvId` with the module here, as for a script
-    check_environment(job.config.env, job.config.env_config)
+    job.notes.extend(check_environment(job.config))
     if job.config.num_gpus:
         from training.devices import check_gpus
 
@@ -138,7 +145,7 @@ def _resumed_job(
     run = RunDirectory(path)
     before = load_config(run.config_file)
     loaded = load_config(run.config_file, flags=flags, sets=sets)
-    for name in ("env", "env_config", "algo", "model", "normalize_actions", "clip_actions"):
+    for name in _FIXED:
         if getattr(loaded, name) != getattr(before, name):
             raise ConfigError(f"a resumed run can't change `{name}`: start a new run")
     checkpoint, notes = _checkpoint_to_resume(run, trust_checkpoint)

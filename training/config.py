@@ -49,6 +49,17 @@ def _check_schedule(value: Any) -> Any:
     return value
 
 
+def _check_filters(value: Any) -> Any:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    if is_list and all(isinstance(item, (list, tuple)) and len(item) == 3 for item in value):
+        return value
+    raise ValueError("expected [[channels, kernel, stride], ...], e.g. [[16, 4, 2], [32, 4, 2]]")
+
+
+ConvSize = PositiveCount | tuple[PositiveCount, PositiveCount]
+ConvFilters = Annotated[
+    tuple[tuple[PositiveCount, ConvSize, ConvSize], ...], BeforeValidator(_check_filters)
+]
 Schedule = Annotated[
     NonNegativeNumber | tuple[SchedulePoint, ...], BeforeValidator(_check_schedule)
 ]
@@ -66,7 +77,7 @@ class ModelConfig(_Section):
     The names are those of RLlib's `DefaultModelConfig`.
     """
 
-    fcnet_hiddens: Layers = (64, 64)
+    fcnet_hiddens: Annotated[Layers, Field(min_length=1)] = (64, 64)
     """Units of each hidden layer. Two of 64 is the usual size for vector observations."""
 
     fcnet_activation: Activation = "tanh"
@@ -104,6 +115,24 @@ class ModelConfig(_Section):
 
     log_std_clip_param: PositiveNumber = 20.0
     """Box actions: the log of the deviation is clipped to plus and minus this."""
+
+    conv_filters: ConvFilters | None = None
+    """Image observations: [[channels, kernel, stride], ...], one per convolution; kernel and stride
+    are a number or [height, width]. Null takes RLlib's where it has some: for images of 10, 42, 64,
+    84 or 96 pixels square."""
+
+    conv_activation: Activation = "relu"
+    """Image observations: activation of the convolutions."""
+
+    use_lstm: Switch = False
+    """Put an LSTM behind the hidden layers (or the convolutions): a policy with memory."""
+
+    lstm_cell_size: PositiveCount = 64
+    """Units of the LSTM, and numbers in each of its two states."""
+
+    max_seq_len: Annotated[Count, Field(ge=2)] = 20
+    """Steps that gradients go back through the LSTM. Batches are cut into sequences of this length,
+    the last of each episode padded."""
 
 
 class AlgorithmSettings(_Section):
@@ -257,6 +286,19 @@ class TrainingConfig(_Section):
     clip_actions: Switch = False
     """Without `normalize_actions`: Box actions are cut at the environment's bounds."""
 
+    observation_filter: Literal["none", "mean_std"] = "none"
+    """mean_std: observations are shifted and scaled by their running mean and deviation, each
+    component by its own, and cut at 10 deviations. The statistics are part of the policy."""
+
+    prev_actions: Annotated[Count, Field(ge=0)] = 0
+    """Discrete actions: the policy also sees so many of its last actions, one-hot."""
+
+    prev_rewards: Annotated[Count, Field(ge=0)] = 0
+    """Discrete actions: the policy also sees so many of its last rewards."""
+
+    frame_stack: PositiveCount = 1
+    """Images with one channel: the policy sees so many of the last ones as channels."""
+
     model: ModelConfig = Field(default_factory=ModelConfig)
     """The networks."""
 
@@ -283,6 +325,17 @@ class TrainingConfig(_Section):
                 f"environments gives {steps} steps at a time, which don't fill "
                 f"train_batch_size_per_learner ({batch}) to within 10 %: give "
                 f"{max(batch // n_envs, 1)}, or auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> TrainingConfig:
+        # RLlib shares minibatches out in whole sequences, and with none in one it never ends.
+        length, size = self.model.max_seq_len, self.algo_config.minibatch_size
+        if self.model.use_lstm and length > size:
+            raise ValueError(
+                f"model.max_seq_len ({length}) is larger than minibatch_size ({size}), which has "
+                "to hold a sequence"
             )
         return self
 

@@ -32,8 +32,9 @@ _ELSEWHERE = {
     "entropy_coeff_schedule": "RLlib takes the schedule as `entropy_coeff`",
     "lambda": "RLlib calls it `lambda_`",
     "framework": "it is always torch",
-    "use_lstm": "recurrent policies are not supported yet",
-    "conv_filters": "image observations are not supported yet",
+    "lstm_use_prev_action": "it is `prev_actions` at the top level (with `model.use_lstm` or not)",
+    "lstm_use_prev_reward": "it is `prev_rewards` at the top level (with `model.use_lstm` or not)",
+    "use_attention": "RLlib's new stack has no attention networks; `model.use_lstm` gives memory",
 }
 
 

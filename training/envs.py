@@ -4,50 +4,51 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from training.config import TrainingConfig
 from training.errors import ConfigError, EnvironmentFailedError
+from training.spaces import check_spaces, describe
 
 
-def check_environment(env_id: str, env_config: Mapping[str, Any]) -> None:
-    """Make sure that an environment can be built, reset, and trained on.
+def check_environment(config: TrainingConfig) -> list[str]:
+    """Make sure that an environment can be built, reset, and trained on with these settings.
 
     Needs no Ray, so that a wrong id or a space that can't be trained is said at once.
 
-    Args:
-        env_id: A registered Gymnasium id, or `module:EnvId`.
-        env_config: Keyword arguments for `gymnasium.make`.
+    Returns:
+        What the user should know about the environment's spaces, one line each.
 
     Raises:
         ConfigError: The id is unknown, an argument is wrong, or a space is not supported.
-        EnvironmentFailedError: The environment raised while it was built or reset.
+        EnvironmentFailedError: The environment raised while it was built or reset, or its first
+            observation is not of its space.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same warnings come again, and are logged, in training
-        env = _make(env_id, env_config)
+        env = _make(config.env, config.env_config)
         try:
-            _check_observation_space(env_id, env.observation_space)
-            _check_action_space(env_id, env.action_space)
+            notes = check_spaces(config, env.observation_space, env.action_space)
             observation, _ = env.reset()
         except ConfigError:
             raise
         except Exception as exc:
             raise EnvironmentFailedError(
-                f"environment {env_id!r} raised in reset(): {type(exc).__name__}: {exc}"
+                f"environment {config.env!r} raised in reset(): {type(exc).__name__}: {exc}"
             ) from exc
         finally:
             env.close()
-    found = np.shape(observation)
-    if found != env.observation_space.shape:
+    if misfit := _misfit(env.observation_space, observation):
         raise EnvironmentFailedError(
-            f"environment {env_id!r} returned an observation of shape {found} from reset(), "
-            f"its space says {env.observation_space.shape}"
+            f"environment {config.env!r} returned an observation from reset() that is not of its "
+            f"space: {misfit}"
         )
+    return notes
 
 
 def _make(env_id: str, env_config: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
@@ -96,39 +97,28 @@ def _nearest(env_id: str) -> str:
     )
 
 
-def _check_observation_space(env_id: str, space: spaces.Space[Any]) -> None:
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and _is_float(space):
-        return
-    raise ConfigError(
-        f"environment {env_id!r} has observations {_describe(space)}, which can't be trained "
-        "on yet: expected a float Box with one axis (wrap the environment, e.g. in "
-        "gymnasium.wrappers.FlattenObservation)"
-    )
+def _misfit(space: spaces.Space[Any], value: Any, pointer: str = "") -> str | None:
+    # Structure, shapes and indices alone: RLlib casts values to the space's dtype, and many
+    # environments' bounds are wrong.
+    where = f" at {pointer}" if pointer else ""
+    wrong = f"expected {describe(space)}{where}, found {_shorten(value)}"
+    children: Iterable[tuple[Any, spaces.Space[Any]]] = ()
+    if isinstance(space, spaces.Dict):
+        if not isinstance(value, Mapping) or set(value) != set(space.spaces):
+            return wrong
+        children = space.spaces.items()
+    elif isinstance(space, spaces.Tuple):
+        if not isinstance(value, tuple) or len(value) != len(space.spaces):
+            return wrong
+        children = enumerate(space.spaces)
+    elif np.shape(value) != space.shape:
+        return f"expected shape {space.shape}{where}, found {np.shape(value)}"
+    elif isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)) and not space.contains(value):
+        return wrong
+    misfits = (_misfit(child, value[name], f"{pointer}/{name}") for name, child in children)
+    return next(filter(None, misfits), None)
 
 
-def _check_action_space(env_id: str, space: spaces.Space[Any]) -> None:
-    if isinstance(space, spaces.Box) and len(space.shape) == 1 and _is_float(space):
-        return
-    if isinstance(space, spaces.Discrete):
-        if int(space.start) == 0:
-            return
-        # RLlib's connectors send 0..n-1 whatever `start` is, so every action would be wrong.
-        raise ConfigError(
-            f"environment {env_id!r} has actions {_describe(space)}, and RLlib ignores the start: "
-            "wrap the environment so that its actions count from 0"
-        )
-    raise ConfigError(
-        f"environment {env_id!r} has actions {_describe(space)}, which can't be trained on yet: "
-        "expected Discrete, or a float Box with one axis"
-    )
-
-
-def _is_float(space: spaces.Box) -> bool:
-    return np.issubdtype(space.dtype, np.floating)
-
-
-def _describe(space: spaces.Space[Any]) -> str:
-    if isinstance(space, spaces.Box):  # a Box's own text lists every bound
-        return f"Box(shape={space.shape}, dtype={space.dtype})"
-    text = str(space)
+def _shorten(value: Any) -> str:
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."

@@ -38,15 +38,18 @@ class BatchedPolicy:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(model, options)
-        (noise,) = (entry for entry in self._session.get_inputs() if entry.name == "noise")
-        self._noise_size = noise.shape[1]
+        self._widths = {entry.name: entry.shape[1] for entry in self._session.get_inputs()}
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.001)
     async def compute(self, observations: list[list[float]]) -> list[Any]:
         """One batch."""
         batch = np.array(observations, dtype=np.float32)
-        noise = np.zeros((len(batch), self._noise_size), dtype=np.float32)
-        feeds = {"observation": batch, "noise": noise}
+        n = len(batch)
+        feeds = {
+            "observation": batch,
+            "noise": np.zeros((n, self._widths["noise"]), dtype=np.float32),
+            "action_mask": np.ones((n, self._widths["action_mask"]), dtype=np.bool_),
+        }
         actions: list[Any] = self._session.run(["action"], feeds)[0].tolist()
         return actions
 

@@ -1,24 +1,25 @@
 """The native dialect: `POST /v1/policies/{policy}/compute_action`, JSON in and out.
 
-A request's schema is made from the policy's own observation space, so one pass in C parses the
-body and checks every shape and type, and an error names the place.
+A request's schema is made from the policy's own spaces, so one pass in C parses the body and
+checks every shape and type, and an error names the place.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 from numpy.typing import NDArray
 
-from serving.bundle import PolicyManifest
+from serving.conforming import conform_observations
+from serving.dialects.beside import BesideCodec
+from serving.dialects.rows import RowCodec, place, placed, what_and_where
 from serving.errors import (
     BatchTooLargeError,
     InvalidObservationError,
@@ -26,10 +27,13 @@ from serving.errors import (
     MalformedRequestError,
     PolicyServingError,
 )
-from serving.interface import OutputName, PolicyOutput
-from serving.spaces import BoxSpace, conform_observations, describe_space
+from serving.interface import OUTPUT_NAMES, OutputName, PolicyOutput
+from serving.manifest import PolicyManifest
+from serving.policy_inputs import PolicyInputs
+from serving.spaces import describe_space, leaves, take
 
 _MAX_SEED = 2**63 - 1
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ class ComputeRequest:
     """A request that conforms.
 
     Attributes:
-        observations: (n, *shape) float32, finite.
+        inputs: The graph's inputs that the caller gave, by name, each (n, ...): observations
+            always, state, reward and action mask if they came; no noise.
+        n: How many observations.
         is_single: Whether it came as `observation`, and the answer is `action`.
         deterministic: Most likely action, or a sample.
         seed: Makes a sample repeatable.
@@ -46,7 +52,8 @@ class ComputeRequest:
         version: The version that the caller insists on.
     """
 
-    observations: NDArray[np.float32]
+    inputs: Mapping[str, NDArray[Any]]
+    n: int
     is_single: bool
     deterministic: bool
     seed: int | None
@@ -70,7 +77,11 @@ class NativeCodec:
     ) -> None:
         self._space = manifest.observation_space
         self._max_observations = max_observations_per_request
-        self.request_type = request_type(manifest.observation_space)
+        self._observations = RowCodec(
+            self._space, leaves(self._space, "observation"), "Observation"
+        )
+        self.beside = BesideCodec(manifest, PolicyInputs(manifest))
+        self.request_type = request_type(self._observations.row_type, manifest)
         self._decoder = msgspec.json.Decoder(self.request_type)
         self._encoder = msgspec.json.Encoder()
         identity = {"policy": name, "version": version, "policy_id": manifest.policy_id}
@@ -88,12 +99,23 @@ class NativeCodec:
         """
         try:
             request = self._decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            rows, is_single = self._rows(request)
+            inputs = self._observations.arrays(rows)
+            if inputs is None:
+                inputs = self._conform_slowly(rows, is_single)
+            if not (
+                request.state is UNSET
+                and request.action_mask is UNSET
+                and request.reward is UNSET
+                and request.rewards is UNSET
+            ):
+                inputs |= self.beside.decode(request, len(rows), is_single)
+        except _MALFORMED as exc:
             raise self._explain(bytes(body), exc) from exc
-        rows, is_single = self._rows(request)
         outputs = request.outputs
         return ComputeRequest(
-            observations=self._conform(rows, is_single),
+            inputs=inputs,
+            n=len(rows),
             is_single=is_single,
             deterministic=request.deterministic,
             seed=request.seed,
@@ -108,22 +130,19 @@ class NativeCodec:
         Floating-point numbers are written so that they read back as the same float32.
         """
         if is_single:
-            answer: dict[str, Any] = {"action": output.actions[0].tolist()}
+            answer: dict[str, Any] = {"action": _json_row(take(output.actions, 0))}
         else:
-            answer = {"actions": output.actions.tolist()}
-        for name in ("action_logp", "value", "action_dist_inputs"):
+            answer = {"actions": _json_rows(output.actions)}
+        for name in OUTPUT_NAMES:
             values = getattr(output, name)
             if values is not None:
                 answer[name] = (values[0] if is_single else values).tolist()
+        if output.state is not None:
+            state = dict(output.state)
+            answer["state"] = _json_row(take(state, 0)) if is_single else _json_rows(state)
         return self._encoder.encode(answer)[:-1] + b"," + self._tail
 
     def _rows(self, request: Any) -> tuple[Any, bool]:
-        if request.action_mask is not UNSET:
-            raise InvalidRequestError("this policy takes no action_mask", pointer="/action_mask")
-        if request.state is not UNSET:
-            raise InvalidRequestError(
-                "this policy has no memory, so it takes no state", pointer="/state"
-            )
         if (request.observation is UNSET) == (request.observations is UNSET):
             found = "neither" if request.observation is UNSET else "both"
             raise InvalidRequestError(
@@ -146,23 +165,11 @@ class NativeCodec:
             )
         return request.observations, False
 
-    def _conform(self, rows: Any, is_single: bool) -> NDArray[np.float32]:
-        with np.errstate(over="ignore", invalid="ignore"):
-            batch = np.array(rows, dtype=np.float32)
-            # One sum instead of a test of every number: NaN and infinity survive addition. A sum
-            # of huge finite numbers may overflow too; the slow way below then finds no fault.
-            if math.isfinite(batch.sum()):
-                return batch
-        return self._conform_slowly(rows, is_single)
-
-    def _conform_slowly(self, rows: Any, is_single: bool) -> NDArray[np.float32]:
+    def _conform_slowly(self, rows: Any, is_single: bool) -> dict[str, NDArray[Any]]:
         try:
-            return conform_observations(rows, self._space)
-        except InvalidObservationError as exc:
-            if is_single:
-                place = re.sub(r"^/observations(/0)?", "/observation", exc.details["pointer"])
-                exc.details["pointer"] = place
-            raise
+            return conform_observations(msgspec.to_builtins(rows), self._space)
+        except PolicyServingError as exc:
+            raise placed(exc, is_single) from None
 
     def _explain(self, body: bytes, exc: Exception) -> PolicyServingError:
         """Why a body was not taken, with the place.
@@ -178,7 +185,7 @@ class NativeCodec:
         except (ValueError, RecursionError) as malformed:
             return MalformedRequestError(f"the body is not JSON: {malformed}")
         if isinstance(exc, msgspec.ValidationError):
-            return _invalid(exc, self._space)
+            return self._invalid(exc)
         is_single = isinstance(value, dict) and "observation" in value
         try:
             self._conform_slowly(
@@ -190,53 +197,62 @@ class NativeCodec:
             pass
         return MalformedRequestError("the body is not JSON: NaN and Infinity are not JSON numbers")
 
+    def _invalid(self, exc: msgspec.ValidationError) -> PolicyServingError:
+        what, path = what_and_where(exc)
+        for name in ("observations", "observation"):
+            if path.startswith(f"$.{name}"):
+                rest = path[len(name) + 2 :]
+                pointer = place(name, rest, self._observations, name == "observations")
+                return InvalidObservationError(
+                    f"{what} at {pointer}; an observation of this policy is "
+                    f"{describe_space(self._space)}",
+                    pointer=pointer,
+                )
+        pointer = re.sub(r"\.(\w+)|\[(\d+|\.\.\.)\]", r"/\1\2", path[1:]).replace("...", "-")
+        return InvalidRequestError(f"{what} at {pointer or 'the top level'}", pointer=pointer)
 
-def observation_type(space: BoxSpace) -> Any:
-    """The msgspec type of one observation: nested lists of exactly the space's shape."""
-    kind: Any = float
-    for size in reversed(space.shape):
-        kind = Annotated[list[kind], Meta(min_length=size, max_length=size)]
-    return kind
 
+def request_type(observation: Any, manifest: PolicyManifest) -> Any:
+    """The msgspec type of a whole `compute_action` request of a policy.
 
-def request_type(space: BoxSpace) -> Any:
-    """The msgspec type of a whole `compute_action` request for an observation space."""
-    one: Any = observation_type(space)
-    many: Any = list[one]
+    Args:
+        observation: The type of one observation.
+        manifest: What the policy takes.
+    """
     positive = Annotated[float, Meta(gt=0, le=3_600_000)]
+    has_reward = manifest.has_reward
     fields: list[tuple[str, Any, Any]] = [
-        ("observation", one | UnsetType, UNSET),
-        ("observations", many | UnsetType, UNSET),
+        ("observation", observation | UnsetType, UNSET),
+        ("observations", list[observation] | UnsetType, UNSET),
         ("deterministic", bool, True),
         ("seed", Annotated[int, Meta(ge=0, le=_MAX_SEED)] | None, None),
         ("timeout_ms", positive | None, None),
-        ("outputs", list[Literal["action_logp", "value", "action_dist_inputs"]] | None, None),
+        ("outputs", list[OutputName] | None, None),
         ("version", int | None, None),
+        # Read in a second step: what stands here depends on `observation` or `observations`.
         ("action_mask", msgspec.Raw | UnsetType, UNSET),
         ("state", msgspec.Raw | UnsetType, UNSET),
+        ("reward", (float if has_reward else msgspec.Raw) | UnsetType, UNSET),
+        ("rewards", (list[float] if has_reward else msgspec.Raw) | UnsetType, UNSET),
     ]
     return msgspec.defstruct("ComputeActionRequest", fields, forbid_unknown_fields=True, gc=False)
 
 
-_PLACE = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+def _json_row(row: Any) -> Any:
+    """One row of a nested batch as JSON takes it."""
+    if isinstance(row, dict):
+        return {key: _json_row(each) for key, each in row.items()}
+    if isinstance(row, tuple):
+        return [_json_row(each) for each in row]
+    return row.tolist()
 
 
-def _invalid(exc: msgspec.ValidationError, space: BoxSpace) -> PolicyServingError:
-    match = _PLACE.match(str(exc))
-    what, path = (match["what"], match["path"] or "$") if match else (str(exc), "$")
-    pointer = _pointer(path)
-    if pointer.startswith("/observation"):
-        return InvalidObservationError(
-            f"{what} at {pointer}; an observation of this policy is {describe_space(space)}",
-            pointer=pointer,
-        )
-    return InvalidRequestError(f"{what} at {pointer or 'the top level'}", pointer=pointer)
-
-
-def _pointer(path: str) -> str:
-    """A JSON pointer (RFC 6901) from msgspec's path: `$.observations[...][2]`.
-
-    msgspec writes `[...]` where it does not count the index.
-    """
-    keys = re.findall(r"\.([A-Za-z_0-9]+)|\[(\d+|\.\.\.)\]", path)
-    return "".join("/" + (name or ("-" if index == "..." else index)) for name, index in keys)
+def _json_rows(nested: Any) -> list[Any]:
+    """A nested batch as a list of rows."""
+    if isinstance(nested, dict):
+        columns = [_json_rows(each) for each in nested.values()]
+        return [dict(zip(nested, row, strict=True)) for row in zip(*columns, strict=True)]
+    if isinstance(nested, tuple):
+        return [list(row) for row in zip(*map(_json_rows, nested), strict=True)]
+    rows: list[Any] = nested.tolist()
+    return rows

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.bundle import ONNX, TORCHSCRIPT, Bundle, PolicyManifest
+from serving.bundle import ONNX, PT2, TORCHSCRIPT, Bundle
+from serving.conforming import conform_observations
 from serving.errors import InferenceError, InvalidRequestError, ServingConfigError
-from serving.interface import OutputName, PolicyOutput
-from serving.spaces import conform_observations
+from serving.interface import OUTPUT_NAMES, OutputName, PolicyOutput, State
+from serving.manifest import ACTION_MASK, PolicyManifest
+from serving.policy_inputs import PolicyInputs
+from serving.spaces import leaves, unflatten
 
-EngineName = Literal["onnx", "torchscript"]
+EngineName = Literal["onnx", "torchscript", "pt2"]
 DeviceName = Literal["cpu", "cuda"]
+Mode = Literal["greedy", "sampled", "mixed"]
+_NO_OUTPUTS: frozenset[OutputName] = frozenset()
 
 
 class Graph(Protocol):
@@ -26,13 +31,36 @@ class Graph(Protocol):
     device: str
 
     def run(
-        self,
-        names: Sequence[str],
-        observation: NDArray[np.float32],
-        noise: NDArray[np.float32],
+        self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
     ) -> Mapping[str, NDArray[Any]]:
-        """Compute the named outputs for (B, *shape) observations and (B, D) noise."""
+        """Compute the named outputs.
+
+        Args:
+            names: Outputs of the graph.
+            inputs: Arrays (B, *shape) by the graph's input names; there may be more of them than
+                these outputs need.
+        """
         ...
+
+
+def unmasked(graph: Graph) -> Graph:
+    """The graph for batches without an action mask: a faster one where the runtime has one."""
+    faster: Graph = getattr(graph, "unmasked", graph)
+    return faster
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one kind of call asks of the graph, and where in the answer its parts stand.
+
+    Attributes:
+        names: What to compute.
+        parts: Name without a mode (`action/x`, `action_logp`, `next_state/h`) to the graph's
+            outputs for it: one, or greedy and sampled for a batch that mixes them.
+    """
+
+    names: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
 
 
 class GraphPolicy:
@@ -41,105 +69,144 @@ class GraphPolicy:
     def __init__(self, manifest: PolicyManifest, graph: Graph) -> None:
         self.manifest = manifest
         self.graph = graph
-        self._unseeded = np.random.default_rng()
-        self._no_noise = np.zeros((0, manifest.noise.size), dtype=np.float32)
+        self._unmasked = unmasked(graph)
+        self.inputs = PolicyInputs(manifest)
+        self.available_outputs = tuple(name for name in OUTPUT_NAMES if name in manifest.outputs)
+        self._action_names = tuple(leaves(manifest.action_space, "action"))
+        self._has_state = bool(manifest.state)
+        self._plans: dict[tuple[Mode, frozenset[OutputName]], _Plan] = {}
 
     def compute_actions(
         self,
-        observations: NDArray[Any],
+        observations: Any,
         *,
         deterministic: bool = True,
         seed: int | None = None,
         outputs: Collection[OutputName] = (),
+        state: State | Sequence[State | None] | None = None,
+        rewards: Any = None,
+        action_mask: Any = None,
     ) -> PolicyOutput:
         """See `serving.interface.Policy`."""
         self.check_outputs(outputs)
-        batch = conform_observations(observations, self.manifest.observation_space)
-        noise = None if deterministic else self.draw_noise(len(batch), seed)
-        return self.compute_conformed(batch, noise=noise, outputs=outputs)
+        inputs = conform_observations(observations, self.manifest.observation_space)
+        n = len(next(iter(inputs.values())))
+        if state is not None:
+            inputs |= self.inputs.conform_state(state, n)
+        if rewards is not None:
+            inputs |= self.inputs.conform_rewards(rewards, n)
+        if action_mask is not None:
+            inputs |= self.inputs.conform_masks(action_mask, n)
+        if not deterministic:
+            inputs["noise"] = self.inputs.draw_noise(n, seed)
+        return self.compute_conformed(inputs, is_sampled=not deterministic, outputs=outputs)
 
     def draw_noise(self, n: int, seed: int | None) -> NDArray[np.float32]:
-        """The noise of n sampled actions, (n, D) float32; the same for the same seed."""
-        generator = self._unseeded if seed is None else np.random.default_rng(seed)
-        return self.manifest.noise.draw(generator, n)
+        """See `PolicyInputs.draw_noise`."""
+        return self.inputs.draw_noise(n, seed)
 
     def compute_conformed(
         self,
-        observations: NDArray[np.float32],
+        inputs: Mapping[str, NDArray[Any]],
         *,
-        noise: NDArray[np.float32] | None = None,
-        is_sampled: NDArray[np.bool_] | None = None,
+        is_sampled: bool | NDArray[np.bool_] = False,
         outputs: Collection[OutputName] = (),
     ) -> PolicyOutput:
-        """Compute actions for observations that already conform; a batch may mix both modes.
+        """Compute actions from inputs that already conform; a batch may mix both modes.
 
         Args:
-            observations: (B, *shape) float32.
-            noise: (B, D) float32, or None when every row is deterministic.
-            is_sampled: (B,), which rows are sampled; None means all, if there is noise.
+            inputs: The graph's inputs by name, (B, *shape); what is missing gets its default.
+                Sampling needs `noise`.
+            is_sampled: Whether the actions are sampled: all of them, none, or (B,) which rows.
             outputs: What to compute beside the actions, for every row; `check_outputs` has
                 accepted them.
 
         Raises:
             InferenceError: The runtime failed.
         """
-        names = self._names(noise is not None, is_sampled is not None, outputs)
-        if noise is None:
-            noise = self._noise_of_zeros(len(observations))
-            sampled = False
-        else:
-            sampled = True
+        is_mixed = not isinstance(is_sampled, bool)
+        if is_sampled is not False and "noise" not in inputs:
+            raise ValueError("sampling needs noise")
+        mode: Mode = "mixed" if is_mixed else "sampled" if is_sampled else "greedy"
+        plan = self._plan(mode, frozenset(outputs) if outputs else _NO_OUTPUTS)
+        complete = self.inputs.complete(inputs, len(next(iter(inputs.values()))))
+        graph = self.graph if ACTION_MASK in inputs else self._unmasked
         try:
-            found = self.graph.run(names, observations, noise)
+            found = graph.run(plan.names, complete)
         except Exception as exc:  # the runtimes' own exceptions share no public base
             raise InferenceError(f"{self.graph.name} failed on a valid batch: {exc}") from exc
-        return self._output(found, sampled, is_sampled, outputs)
+        if is_mixed:
+            found = _choose(plan, found, np.asarray(is_sampled))
+        elif is_sampled:
+            found = {name: found[sources[0]] for name, sources in plan.parts.items()}
+        return self._output(found)
 
     def check_outputs(self, outputs: Collection[OutputName]) -> None:
         """Refuse outputs that this policy does not have.
 
         Raises:
-            InvalidRequestError: `value` is asked of a policy without a critic.
+            InvalidRequestError: One is asked for that the graph does not compute, such as `value`
+                of a policy without a critic.
         """
-        if "value" in outputs and not self.manifest.has_value:
-            raise InvalidRequestError(
-                "this policy has no critic, so it answers no `value`", pointer="/outputs"
-            )
+        for name in outputs:
+            if name not in self.available_outputs:
+                reason = "has no critic, so it" if name == "value" else "has none: it"
+                raise InvalidRequestError(
+                    f"this policy {reason} answers no `{name}`; it has "
+                    f"{', '.join(self.available_outputs) or 'actions alone'}",
+                    pointer="/outputs",
+                )
 
-    def _names(self, sampled: bool, mixed: bool, outputs: Collection[OutputName]) -> list[str]:
-        modes = ["sampled_"] * sampled + [""] * (mixed or not sampled)
-        names = [f"{mode}action" for mode in modes]
-        if "action_logp" in outputs:
-            names += [f"{mode}action_logp" for mode in modes]
-        return names + [name for name in ("value", "action_dist_inputs") if name in outputs]
+    def _plan(self, mode: Mode, outputs: frozenset[OutputName]) -> _Plan:
+        key = (mode, outputs)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make_plan(*key)
+        return plan
 
-    def _output(
-        self,
-        found: Mapping[str, NDArray[Any]],
-        sampled: bool,
-        is_sampled: NDArray[np.bool_] | None,
-        outputs: Collection[OutputName],
-    ) -> PolicyOutput:
-        def choose(name: str) -> NDArray[Any]:
-            if not sampled:
-                return found[name]
-            if is_sampled is None:
-                return found[f"sampled_{name}"]
-            both = found[f"sampled_{name}"]
-            rows = is_sampled.reshape(-1, *[1] * (both.ndim - 1))
-            return np.where(rows, both, found[name])
+    def _make_plan(self, mode: Mode, outputs: frozenset[OutputName]) -> _Plan:
+        prefixes = {"greedy": ("",), "sampled": ("sampled_",), "mixed": ("", "sampled_")}[mode]
+        by_mode = [*self._action_names, *(["action_logp"] if "action_logp" in outputs else [])]
+        by_mode += [f"next_state/{name}" for name in self.manifest.state]
+        parts: dict[str, tuple[str, ...]] = {}
+        for name in by_mode:
+            found = [f"{prefix}{name}" for prefix in prefixes]
+            # A state that does not depend on the action taken has one form for both modes.
+            parts[name] = tuple(each for each in found if each in self.manifest.outputs) or (name,)
+        for name in self.available_outputs:
+            if name in outputs and name != "action_logp":
+                parts[name] = (name,)
+        needed = {each for sources in parts.values() for each in sources}
+        return _Plan(tuple(name for name in self.manifest.outputs if name in needed), parts)
 
+    def _output(self, found: Mapping[str, NDArray[Any]]) -> PolicyOutput:
+        state = None
+        if self._has_state:
+            state = {name: found[f"next_state/{name}"] for name in self.manifest.state}
+        actions = found.get("action")  # one array, unless the space is nested
+        if actions is None:
+            actions = unflatten(self.manifest.action_space, "action", found)
         return PolicyOutput(
-            actions=choose("action"),
-            action_logp=choose("action_logp") if "action_logp" in outputs else None,
+            actions=actions,
+            action_logp=found.get("action_logp"),
             value=found.get("value"),
             action_dist_inputs=found.get("action_dist_inputs"),
+            q_values=found.get("q_values"),
+            state=state,
         )
 
-    def _noise_of_zeros(self, n: int) -> NDArray[np.float32]:
-        if len(self._no_noise) < n:
-            self._no_noise = np.zeros((2 ** math.ceil(math.log2(n)), self.manifest.noise.size), "f")
-        return self._no_noise[:n]
+
+def _choose(
+    plan: _Plan, found: Mapping[str, NDArray[Any]], is_sampled: NDArray[np.bool_]
+) -> dict[str, NDArray[Any]]:
+    chosen = {}
+    for name, sources in plan.parts.items():
+        values = found[sources[0]]
+        if len(sources) == 2:
+            rows = is_sampled.reshape(-1, *[1] * (values.ndim - 1))
+            values = np.where(rows, found[sources[1]], values)
+        chosen[name] = values
+    return chosen
 
 
 def engine_has_cuda(engine: EngineName) -> bool:
@@ -157,18 +224,28 @@ def load_graph(bundle: Bundle, engine: EngineName = "onnx", device: DeviceName =
     """Load a bundle's graph into a runtime. The runtime is imported here, when it is chosen.
 
     Raises:
-        BundleError: The bundle has no file for this engine, or the runtime refuses it.
+        BundleError: The bundle has no file for this engine, the runtime refuses it, or it is not
+            the graph that the manifest describes.
         ServingConfigError: The device is not there, or the runtime is not installed.
     """
-    names = bundle.manifest.outputs
+    manifest = bundle.manifest
+    input_names = [spec.name for spec in manifest.inputs]
     try:
         if engine == "onnx":
             from serving.engines.onnx_engine import OnnxGraph
 
-            return OnnxGraph(bundle.file(ONNX), names, device=device)
-        from serving.engines.torchscript_engine import TorchScriptGraph
+            graph = OnnxGraph(bundle.file(ONNX), manifest.outputs, device=device)
+            graph.check_signature(manifest)
+            return graph
+        if engine == "torchscript":
+            from serving.engines.torchscript_engine import TorchScriptGraph
 
-        return TorchScriptGraph(bundle.file(TORCHSCRIPT), names, device=device)
+            return TorchScriptGraph(
+                bundle.file(TORCHSCRIPT), input_names, manifest.outputs, device=device
+            )
+        from serving.engines.pt2_engine import Pt2Graph
+
+        return Pt2Graph(bundle.file(PT2), input_names, manifest.outputs, device=device)
     except ModuleNotFoundError as exc:
         raise ServingConfigError(
             f"the engine {engine!r} needs the package {exc.name!r}, which is not installed"

@@ -59,7 +59,9 @@ def test_served_actions_are_the_ones_that_rllib_answered(
     golden = read_bundle(request.getfixturevalue(f"{name}_bundle")).golden()
     with PolicyClient(policy_url(server, name)) as client:
         output = client.compute_actions(
-            golden["observation"], outputs=["value", "action_dist_inputs", "action_logp"]
+            golden["observation"],
+            outputs=["value", "action_dist_inputs", "action_logp"],
+            action_mask=golden.get("action_mask"),
         )
     np.testing.assert_allclose(output.actions, golden["action"], rtol=1e-5, atol=1e-5)
     for key in ("value", "action_dist_inputs", "action_logp"):

@@ -19,7 +19,7 @@ from serving.bundle import read_bundle
 from serving.interface import Policy
 from serving.rollout import evaluate_policy
 from serving.verification import load_verified_policy
-from tests.processes import policyserve, refuse, succeed
+from tests.processes import ROOT, policyserve, refuse, succeed
 from training.run_directory import find_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -32,9 +32,11 @@ def test_a_bundle_holds_what_the_design_names_and_nothing_of_this_machine(
         "manifest.json",
         "policy.onnx",
         "policy.torchscript.pt",
+        "policy.pt2",
         "golden.npz",
     }
-    for name in ("manifest.json", "policy.onnx"):
+    for name in ("manifest.json", "policy.onnx", "policy.pt2"):
+        assert str(ROOT).encode() not in (cartpole_bundle / name).read_bytes()
         assert str(Path.home()).encode() not in (cartpole_bundle / name).read_bytes()
     size = sum(
         (cartpole_bundle / name).stat().st_size
@@ -77,7 +79,7 @@ def rllib_greedy_actions(run: Path, observations: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # RLlib's own, while it is imported
-@pytest.mark.parametrize("engine", ["onnx", "torchscript"])
+@pytest.mark.parametrize("engine", ["onnx", "torchscript", "pt2"])
 def test_discrete_actions_are_the_argmax_of_the_rl_modules_logits(
     cartpole_run: Path, cartpole_bundle: Path, engine: Any
 ) -> None:
@@ -117,7 +119,7 @@ def test_inspect_prints_the_manifest_and_verify_replays_it(cartpole_bundle: Path
     manifest = json.loads(succeed("inspect", cartpole_bundle, "--json").splitlines()[-1])
     assert manifest == json.loads((cartpole_bundle / "manifest.json").read_text())
     assert manifest["policy_id"] in succeed("inspect", cartpole_bundle)
-    for engine in ("onnx", "torchscript"):
+    for engine in ("onnx", "torchscript", "pt2"):
         report = json.loads(succeed("verify", cartpole_bundle, "--engine", engine, "--json"))
         assert report["max_error"] <= 1e-5
 
@@ -126,6 +128,21 @@ def test_another_format_than_the_known_is_a_usage_error(cartpole_run: Path, tmp_
     line = refuse("export", cartpole_run, "-o", tmp_path / "b", "--format", "onxx", exit_code=2)
     assert "onnx" in line
     assert not (tmp_path / "b").exists()
+
+
+def test_without_unpickling_the_same_policy_comes_out(
+    cartpole_run: Path, cartpole_bundle: Path, tmp_path: Path
+) -> None:
+    safe = tmp_path / "safe"
+    succeed("export", cartpole_run, "-o", safe, "--safe")
+    observations = np.random.default_rng(5).normal(size=(50, 4)).astype(np.float32)
+    found, expected = (
+        load_verified_policy(path).compute_actions(observations, outputs=["action_dist_inputs"])
+        for path in (safe, cartpole_bundle)
+    )
+    np.testing.assert_array_equal(found.action_dist_inputs, expected.action_dist_inputs)
+    refuse("export", cartpole_run, "-o", safe, "--safe", "--trust-checkpoint", exit_code=2)
+    refuse("export", cartpole_run, "-o", safe, "--config", "x.yaml", exit_code=2)
 
 
 def copy_of_checkpoint(run: Path, target: Path) -> Path:
@@ -164,45 +181,65 @@ def _other_ray(path: Path) -> None:
     path.write_text(json.dumps({**marker, "ray_version": "2.44.1"}))
 
 
+def _drop_a_weight(path: Path) -> None:
+    weights = pickle.loads(path.read_bytes())
+    weights.pop(min(weights))
+    path.write_bytes(pickle.dumps(weights))
+
+
 MODULE = "learner_group/learner/rl_module/default_policy"
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no marker": ("rllib_checkpoint.json", Path.unlink, "rllib_checkpoint.json"),
     "another Ray": ("rllib_checkpoint.json", _other_ray, "2.44.1"),
     "half-written config": ("class_and_ctor_args.pkl", _truncate, "class_and_ctor_args.pkl"),
     "half-written weights": (f"{MODULE}/module_state.pkl", _truncate, "default_policy"),
+    "a weight gone": (f"{MODULE}/module_state.pkl", _drop_a_weight, "lacks 1 weights"),
     "no module": (MODULE, shutil.rmtree, "default_policy"),
     "no connectors": ("env_runner/env_to_module_connector", shutil.rmtree, "env_to_module"),
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # RLlib's own, while it is imported
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_by_name_and_an_older_bundle_stays(
     cartpole_run: Path, cartpole_bundle: Path, tmp_path: Path, case: str
 ) -> None:
+    from export.convert import export_policy
+    from export.errors import CheckpointError
+
     name, damage, expected = DAMAGES[case]
     checkpoint = copy_of_checkpoint(cartpole_run, tmp_path / "checkpoint")
     damage(checkpoint / name)
     target = tmp_path / "bundle"
     shutil.copytree(cartpole_bundle, target)
-    line = refuse("export", checkpoint, "-o", target, "--trust-checkpoint", exit_code=1)
-    assert expected in line
+    with pytest.raises(CheckpointError) as caught:
+        export_policy(checkpoint, target, trust_checkpoint=True)
+    assert expected in caught.value.message
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
     assert read_bundle(target).manifest.raw == read_bundle(cartpole_bundle).manifest.raw
 
 
-def test_a_checkpoint_of_another_algorithm_is_refused_by_name(
+def test_a_refusal_is_one_line_and_exit_1(cartpole_run: Path, tmp_path: Path) -> None:
+    checkpoint = copy_of_checkpoint(cartpole_run, tmp_path / "checkpoint")
+    _other_ray(checkpoint / "rllib_checkpoint.json")
+    line = refuse("export", checkpoint, "-o", tmp_path / "b", "--trust-checkpoint", exit_code=1)
+    assert "2.44.1" in line
+
+
+@pytest.mark.filterwarnings("ignore")  # RLlib's own, while it is imported
+def test_an_algorithm_without_a_policy_module_is_refused_by_name(
     cartpole_run: Path, tmp_path: Path
 ) -> None:
-    from ray.rllib.algorithms.dqn import DQN
+    from ray.rllib.algorithms.dreamerv3 import DreamerV3
 
     checkpoint = copy_of_checkpoint(cartpole_run, tmp_path / "checkpoint")
     path = checkpoint / "class_and_ctor_args.pkl"
     content = pickle.loads(path.read_bytes())
-    path.write_bytes(cloudpickle.dumps({**content, "class": DQN}))
+    path.write_bytes(cloudpickle.dumps({**content, "class": DreamerV3}))
     line = refuse(
         "export", checkpoint, "-o", tmp_path / "bundle", "--trust-checkpoint", exit_code=1
     )
-    assert "DQN" in line
+    assert "DreamerV3" in line
 
 
 def test_something_that_is_no_bundle_is_never_overwritten(

@@ -24,6 +24,7 @@ from serving.engines.graph import GraphPolicy, load_graph
 from serving.fast_lane import ComputeActionHandler, FastLaneMiddleware
 from serving.service import PolicyServices, load_services
 from tests.bundles import LinearPolicy, box_policy, discrete_policy
+from tests.tiny_policies import TINY_POLICIES
 
 DEADLINE_S = 10.0
 
@@ -121,6 +122,15 @@ def serving(
     services = load_services(sources, config, "cpu")
     if wrap_services is not None:
         wrap_services(services)
+    with serving_services(services, config, with_fast_lane=with_fast_lane) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving_services(
+    services: PolicyServices, config: ServingConfig, *, with_fast_lane: bool = True
+) -> Iterator[LiveServer]:
+    """Serve what is loaded under uvicorn in a thread; stopped and closed at the end."""
     handler = ComputeActionHandler(services, max_body_bytes=config.max_body_bytes)
     app: Any = build_app(services, handler)
     if with_fast_lane:
@@ -200,3 +210,26 @@ def graph_policies(bundles: dict[str, Path]) -> dict[str, GraphPolicy]:
     return {
         name: GraphPolicy(bundle.manifest, load_graph(bundle)) for name, bundle in found.items()
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Read-only bundles of the other spaces and of memory, by name in `TINY_POLICIES`."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: make().save(root / name) for name, make in TINY_POLICIES.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_policies(tiny_bundles: dict[str, Path]) -> dict[str, GraphPolicy]:
+    """Those in ONNX Runtime."""
+    found = {name: read_bundle(path) for name, path in tiny_bundles.items()}
+    return {
+        name: GraphPolicy(bundle.manifest, load_graph(bundle)) for name, bundle in found.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_server(tiny_bundles: dict[str, Path]) -> Iterator[LiveServer]:
+    """A server of those; without the fast lane, which is one per process."""
+    with serving(tiny_bundles, with_fast_lane=False) as server:
+        yield server

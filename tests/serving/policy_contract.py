@@ -1,6 +1,6 @@
 """What every `serving.interface.Policy` has to do: the engines, the client, RLlib's reference.
 
-A test class inherits `PolicyContract` and gives a fixture `case`.
+A test class inherits `PolicyContract` or `TinyPolicyContract` and gives a fixture `case`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from serving.errors import InvalidObservationError
+from serving.errors import InvalidObservationError, InvalidRequestError
 from serving.interface import Policy
+from serving.spaces import flatten, rows, space_from_json, take
 from tests.bundles import HIGH, LOW, LinearPolicy
+from tests.tiny_policies import TinyPolicy
 
 # float32 against float64.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -199,3 +201,134 @@ class PolicyContract:
         np.testing.assert_array_equal(observations, before)
         again = case.policy.compute_actions(np.ascontiguousarray(before))
         np.testing.assert_array_equal(output.actions, again.actions)
+
+
+@dataclass(frozen=True)
+class TinyCase:
+    """A policy under test of any spaces, perhaps with memory, and the same in NumPy."""
+
+    policy: Policy
+    reference: TinyPolicy
+
+    @property
+    def has_mask(self) -> bool:
+        return "action_mask" in self.reference.inputs
+
+    def leaves(self, actions: Any) -> dict[str, Any]:
+        return flatten(space_from_json(self.reference.action_space), "action", actions)
+
+    def expected(self, n: int, seed: int, **given: Any) -> dict[str, Any]:
+        """The twin's answers to the observations of a seed, by output name."""
+        inputs = self.reference.observation_arrays(n, seed)
+        for name, (_, shape) in self.reference.inputs.items():
+            if name in ("noise", "reward"):
+                inputs[name] = np.zeros((n, *shape[1:]), np.float32)
+            elif name == "action_mask":
+                inputs[name] = np.ones((n, *shape[1:]), dtype=np.bool_)
+        return self.reference.answers({**inputs, **self.reference.initial_state(n), **given})
+
+
+class TinyPolicyContract:
+    """The suite for other spaces, masks and memory."""
+
+    def check_actions(self, case: TinyCase, output: Any, expected: dict[str, Any]) -> None:
+        for name, values in case.leaves(output.actions).items():
+            np.testing.assert_allclose(values, expected[name], **CLOSE)
+            assert values.dtype == expected[name].dtype
+
+    def test_satisfies_the_protocol(self, case: TinyCase):
+        assert isinstance(case.policy, Policy)
+
+    @pytest.mark.parametrize("n", [1, 2, 33])
+    def test_actions_are_those_of_the_twin(self, case: TinyCase, n: int):
+        output = case.policy.compute_actions(case.reference.observations(n, seed=n))
+        assert len(output) == n
+        self.check_actions(case, output, case.expected(n, seed=n))
+
+    def test_a_list_of_observations_is_taken_as_a_batch_is(self, case: TinyCase):
+        batch = case.reference.observations(5)
+        output = case.policy.compute_actions(rows(case.reference.space, batch))
+        self.check_actions(case, output, case.expected(5, seed=0))
+
+    def test_asked_outputs_are_answered_and_no_others(self, case: TinyCase):
+        names = ("action_logp", "value", "action_dist_inputs", "q_values")
+        asked = [name for name in names if name in case.reference.outputs]
+        output = case.policy.compute_actions(case.reference.observations(4), outputs=asked)
+        expected = case.expected(4, seed=0)
+        for name in names:
+            values = getattr(output, name)
+            assert (values is not None) == (name in asked)
+            if values is not None:
+                assert values.dtype == np.float32
+                np.testing.assert_allclose(values, expected[name], **CLOSE)
+
+    def test_a_seed_repeats_a_sample_and_another_seed_differs(self, case: TinyCase):
+        observations = case.reference.observations(60)
+
+        def sample(seed: int) -> list[Any]:
+            output = case.policy.compute_actions(observations, deterministic=False, seed=seed)
+            return list(case.leaves(output.actions).values())
+
+        if not case.reference.noise_size:
+            with pytest.raises(InvalidRequestError, match="distribution"):
+                sample(7)
+            return
+        for one, same, other in zip(sample(7), sample(7), sample(8), strict=True):
+            np.testing.assert_array_equal(one, same)
+            assert not np.array_equal(one, other)
+
+    def test_a_batch_equals_its_rows_one_by_one(self, case: TinyCase):
+        batch = case.reference.observations(4, seed=4)
+        together = case.leaves(case.policy.compute_actions(batch).actions)
+        for index in range(4):
+            alone = case.policy.compute_actions(take(batch, slice(index, index + 1)))
+            for name, values in case.leaves(alone.actions).items():
+                np.testing.assert_allclose(values[0], together[name][index], **CLOSE)
+
+    def test_a_mask_forbids_actions(self, case: TinyCase):
+        observations = case.reference.observations(9)
+        if not case.has_mask:
+            with pytest.raises(InvalidRequestError, match="action_mask"):
+                case.policy.compute_actions(observations, action_mask=np.ones((9, 3)))
+            return
+        mask = np.ones((9, case.reference.inputs["action_mask"][1][1]), np.int8)
+        mask[::2, 0] = 0
+        output = case.policy.compute_actions(observations, action_mask=mask)
+        expected = case.expected(9, seed=0, action_mask=mask.astype(np.bool_))
+        self.check_actions(case, output, expected)
+        first = case.leaves(output.actions)["action"].reshape(9, -1)[:, 0]
+        assert (first[::2] != 0).all()
+        some = case.policy.compute_actions(
+            observations,
+            action_mask=[row if index % 2 == 0 else None for index, row in enumerate(mask)],
+        )
+        self.check_actions(case, some, expected)
+
+    def test_a_state_is_answered_and_goes_on_from_where_it_was(self, case: TinyCase):
+        output = case.policy.compute_actions(case.reference.observations(3))
+        if not case.reference.state:
+            assert output.state is None
+            return
+        expected = case.expected(3, seed=0)
+        assert set(output.state) == set(case.reference.state)
+        for name, values in output.state.items():
+            assert values.dtype == np.float32
+            np.testing.assert_allclose(values, expected[f"next_state/{name}"], **CLOSE)
+        rewards = np.array([1.0, -2.0, 0.5], np.float32)
+        second = case.policy.compute_actions(
+            case.reference.observations(3, seed=1), state=output.state, rewards=rewards
+        )
+        given = {f"state/{name}": values for name, values in output.state.items()}
+        self.check_actions(case, second, case.expected(3, seed=1, reward=rewards, **given))
+        by_row = [None, take(dict(output.state), 1), None]
+        mixed = case.policy.compute_actions(case.reference.observations(3), state=by_row)
+        again = case.policy.compute_actions(case.reference.observations(3), state=output.state)
+        for name, values in mixed.state.items():
+            np.testing.assert_array_equal(values[[0, 2]], output.state[name][[0, 2]])
+            np.testing.assert_array_equal(values[1], again.state[name][1])
+
+    def test_a_state_that_is_not_the_policy_s_is_refused(self, case: TinyCase):
+        with pytest.raises(InvalidRequestError):
+            case.policy.compute_actions(
+                case.reference.observations(1), state={"other": np.zeros((1, 2))}
+            )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -21,7 +22,17 @@ from serving.errors import (
     PolicyServingError,
 )
 from serving.interface import PolicyOutput
+from serving.spaces import flatten
 from tests.bundles import LinearPolicy
+from tests.serving.numpy_policies import (
+    ACTION_SPACES,
+    MEMORY,
+    OBSERVATION_SPACES,
+    action_of,
+    manifest_of,
+    summing_policy,
+    total_of,
+)
 
 DEADLINE_S = 10.0
 
@@ -42,7 +53,8 @@ class RecordingGraph:
         self.may_go_on.set()
         self.duration_s = 0.0
 
-    def run(self, names: Sequence[str], observation: Any, noise: Any) -> dict[str, Any]:
+    def run(self, names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        observation, noise = inputs["observation"], inputs["noise"]
         # The first number of an observation tells whose it is.
         self.batches.append(observation[:, 0].tolist())
         self.threads.add(threading.get_ident())
@@ -52,7 +64,7 @@ class RecordingGraph:
             threading.Event().wait(self.duration_s)
         if self.failure is not None:
             raise self.failure
-        answers = self.reference.answers(observation, noise)
+        answers = self.reference.answers(observation, noise, inputs["action_mask"])
         return {name: answers[name] for name in names}
 
 
@@ -95,10 +107,17 @@ def threaded_batcher_of(graph: RecordingGraph, manifest: PolicyManifest, **kwarg
     return batcher
 
 
-def item(first: float, n: int = 1, **kwargs: Any) -> BatchItem:
+def item(first: float, n: int = 1, *, noise: Any = None, outputs: Any = frozenset()) -> BatchItem:
     observations = np.random.default_rng(int(first)).normal(size=(n, 4)).astype(np.float32)
     observations[:, 0] = first
-    return BatchItem(observations, **kwargs)
+    return item_of(observations, noise, outputs)
+
+
+def item_of(observations: Any, noise: Any = None, outputs: Any = frozenset()) -> BatchItem:
+    inputs = {"observation": observations}
+    if noise is not None:
+        inputs["noise"] = noise
+    return BatchItem(inputs, len(observations), noise is not None, outputs)
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -121,7 +140,7 @@ def test_what_waits_together_runs_together(graph, manifest, discrete):
     outputs = run(all_of(*(batcher.compute(each) for each in items)))
     assert graph.batches == [[0, 1, 1, 2, 3, 3, 4]]
     for each, output in zip(items, outputs, strict=True):
-        expected = discrete.inputs(each.observations).argmax(axis=1)
+        expected = discrete.inputs(each.inputs["observation"]).argmax(axis=1)
         np.testing.assert_array_equal(output.actions, expected)
 
 
@@ -291,7 +310,7 @@ def test_modes_and_outputs_mixed_in_a_batch_equal_each_alone(graph, manifest):
             else:
                 np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=1e-6)
     # And the sample is the one that its own noise makes.
-    expected = graph.reference.answers(items[1].observations, items[1].noise)
+    expected = graph.reference.answers(items[1].inputs["observation"], items[1].inputs["noise"])
     np.testing.assert_array_equal(together[1].actions, expected["sampled_action"])
     np.testing.assert_allclose(together[1].action_logp, expected["sampled_action_logp"], rtol=1e-5)
 
@@ -304,8 +323,8 @@ def test_a_mixed_batch_of_box_actions_equals_each_alone(graph_policies, box):
     async def main() -> list[Any]:
         batcher = Batcher(policy, max_batch_size=8, max_queue_size=8)
         return await all_of(
-            batcher.compute(BatchItem(observations[:2])),
-            batcher.compute(BatchItem(observations[2:], noise)),
+            batcher.compute(item_of(observations[:2])),
+            batcher.compute(item_of(observations[2:], noise)),
         )
 
     greedy, sampled = run(main())
@@ -390,9 +409,156 @@ def test_an_answer_s_owner_may_change_it_without_changing_a_neighbour_s(graph_po
     async def main() -> list[Any]:
         batcher = Batcher(graph_policies["box"], max_batch_size=8, max_queue_size=8)
         rows = np.ones((1, 3), dtype=np.float32)
-        return await all_of(*(batcher.compute(BatchItem(rows)) for _ in range(2)))
+        return await all_of(*(batcher.compute(item_of(rows)) for _ in range(2)))
 
     left, right = run(main())
     before = right.actions.copy()
     left.actions[:] = 99
     np.testing.assert_array_equal(right.actions, before)
+
+
+VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32)
+ROWS = np.array([[0.25, 0.5], [1.0, -0.25], [2.0, 0.75]], np.float32)
+
+
+def together(policy: GraphPolicy, *items: BatchItem) -> list[PolicyOutput]:
+    """The outputs of items that share one batch."""
+
+    async def main() -> list[PolicyOutput]:
+        batcher = Batcher(policy, max_batch_size=64, max_queue_size=64)
+        return await asyncio.gather(*(batcher.compute(each) for each in items))
+
+    outputs = run(main())
+    assert len(policy.graph.seen) == 1
+    return outputs
+
+
+def test_state_comes_back_to_its_owner_and_whoever_gave_none_starts_an_episode():
+    policy = summing_policy(VECTOR, ACTION_SPACES["discrete"], state=MEMORY)
+    frames = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
+    state = {"state/total": np.array([7], np.float32), "state/frames": frames}
+    starts, goes_on = together(
+        policy,
+        BatchItem({"observation": ROWS[:2]}, 2),
+        BatchItem({"observation": ROWS[2:], **state}, 1),
+    )
+    totals = [total_of(row) for row in ROWS]
+    assert starts.state["total"].tolist() == [0.5 + totals[0], 0.5 + totals[1]]
+    assert goes_on.state["total"].tolist() == [7 + totals[2]]
+    # The frames have moved up by one; at the start they are all -1.
+    assert starts.state["frames"][:, 0].tolist() == [[-1] * 3] * 2
+    assert goes_on.state["frames"].tolist() == [[[3, 4, 5], [totals[2]] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "default"),
+    [
+        ("reward", np.array([2.5], np.float32), 0.0),
+        ("action_mask", np.array([[False, False, True]]), True),
+        ("state/total", np.array([3.0], np.float32), 0.5),
+    ],
+)
+def test_what_a_neighbour_gave_is_for_others_as_if_nobody_had(name, given, default):
+    policy = summing_policy(
+        VECTOR, ACTION_SPACES["discrete"], state=MEMORY, has_reward=True, has_mask=True
+    )
+    plain = BatchItem({"observation": ROWS[:2]}, 2)
+    alone = together(policy, plain)[0]
+    policy.graph.seen.clear()
+    beside, _ = together(policy, plain, BatchItem({"observation": ROWS[2:], name: given}, 1))
+    np.testing.assert_array_equal(beside.actions, alone.actions)
+    np.testing.assert_array_equal(beside.state["total"], alone.state["total"])
+    (seen,) = policy.graph.seen
+    assert (seen[name][:2] == default).all()
+    np.testing.assert_array_equal(seen[name][2:], given)
+
+
+@pytest.mark.parametrize("space", ["dict", "tuple"])
+def test_nested_observations_and_actions_are_cut_at_the_right_rows(space: str):
+    policy = summing_policy(OBSERVATION_SPACES[space], ACTION_SPACES[space])
+    names = [spec for spec in policy.manifest.inputs if spec.role == "observation"]
+    rng = np.random.default_rng(0)
+    sizes = [1, 3, 2]
+    parts = [
+        {spec.name: rng.integers(0, 2, (n, *spec.shape)).astype(spec.dtype) for spec in names}
+        for n in sizes
+    ]
+    noise = np.zeros((3, policy.manifest.noise.size), np.float32)
+    outputs = together(
+        policy,
+        BatchItem(parts[0], 1),
+        BatchItem({**parts[1], "noise": noise}, 3, is_sampled=True),
+        BatchItem(parts[2], 2),
+    )
+    for part, output, n, shift in zip(parts, outputs, sizes, (0, 1, 0), strict=True):
+        assert len(output) == n
+        for index in range(n):
+            total = total_of(tuple(array[index] for array in part.values())) + shift
+            expected = action_of(ACTION_SPACES[space], total)
+            np.testing.assert_equal(output[index], expected)
+
+
+def test_every_kind_of_input_is_timed_at_load():
+    policy = summing_policy(
+        OBSERVATION_SPACES["dict"],
+        ACTION_SPACES["discrete"],
+        state=MEMORY,
+        has_reward=True,
+        has_mask=True,
+    )
+    assert sorted(Batcher(policy, max_batch_size=4, max_queue_size=4).calibrate()) == [1, 4, 8]
+
+
+def lowest(space: gym.Space[Any]) -> Any:
+    """The lowest element of a space, by Gymnasium's own account; 0 for floats."""
+    if isinstance(space, gym.spaces.Dict):
+        return {key: lowest(child) for key, child in space.items()}
+    if isinstance(space, gym.spaces.Tuple):
+        return tuple(map(lowest, space))
+    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        return space.start
+    if isinstance(space, gym.spaces.Box) and space.dtype.kind != "f":
+        return space.low
+    return np.zeros(space.shape, space.dtype)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        *OBSERVATION_SPACES.values(),
+        gym.spaces.Discrete(3, start=10),
+        gym.spaces.Box(np.array([3, -7]), np.array([9, -5]), dtype=np.int64),
+        gym.spaces.Box(-(2**63), 2**63 - 1, (1,), np.int64),
+        gym.spaces.Box(2, 9, (2,), np.uint8),
+        gym.spaces.Box(-np.inf, np.inf, (2,), np.float16),
+    ],
+    ids=str,
+)
+def test_timing_feeds_elements_of_the_space(space: gym.Space[Any]):
+    policy = summing_policy(space, ACTION_SPACES["box"])
+    Batcher(policy, max_batch_size=4, max_queue_size=4).calibrate()
+    element = lowest(space)
+    expected = flatten(policy.manifest.observation_space, "observation", element)
+    assert {len(seen[name]) for seen in policy.graph.seen for name in expected} == {1, 4, 8}
+    for seen in policy.graph.seen:
+        for name, values in expected.items():
+            for row in seen[name]:
+                np.testing.assert_array_equal(row, values)
+
+
+def test_a_table_without_a_row_for_zero_can_be_timed():
+    class Table:
+        """One row for each element of Discrete(3, start=10), as a Gather in a graph."""
+
+        name = "numpy"
+        device = "cpu"
+
+        def run(self, names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Any]:
+            rows = inputs["observation"] - 10
+            if rows.min() < 0:
+                raise IndexError("Gather: out of bounds")
+            return {name: np.array([2, 0, 1])[rows] for name in names}
+
+    manifest = manifest_of(gym.spaces.Discrete(3, start=10), gym.spaces.Discrete(3))
+    batcher = Batcher(GraphPolicy(manifest, Table()), max_batch_size=4, max_queue_size=4)
+    assert sorted(batcher.calibrate()) == [1, 4, 8]

@@ -1,4 +1,4 @@
-"""Cutting an ONNX graph down to what an output needs."""
+"""Cutting an ONNX graph down to what an output needs, and refusing what no policy needs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from serving.engines.onnx_model import subgraph
+from serving.engines.onnx_model import Signature, check_safety, graph_inputs, subgraph
 from serving.errors import BundleError
 from tests.bundles import OUTPUTS, LinearPolicy, box_policy, discrete_policy, onnx_model
+from tests.tiny_policies import TINY_POLICIES, image_policy, memory_policy
 
 
 def run(model: bytes, feeds: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +26,8 @@ def run(model: bytes, feeds: dict[str, Any]) -> dict[str, Any]:
 
 def feeds(policy: LinearPolicy) -> dict[str, Any]:
     noise = np.random.default_rng(0).normal(size=(9, policy.noise_size)).astype(np.float32)
-    return {"observation": policy.observations(9), "noise": noise}
+    mask = np.ones((9, policy.noise_size), dtype=np.bool_)
+    return {"observation": policy.observations(9), "noise": noise, "action_mask": mask}
 
 
 @pytest.mark.parametrize("make", [discrete_policy, box_policy])
@@ -44,9 +46,9 @@ def test_a_part_answers_as_the_whole_does(make: Any, output: str):
 def test_what_no_output_needs_is_really_gone():
     whole = onnx_model(discrete_policy())
     part = onnx.load_from_string(subgraph(whole.SerializeToString(), ["action"]))
-    assert [node.op_type for node in part.graph.node] == ["Flatten", "Gemm", "ArgMax"]
-    assert [entry.name for entry in part.graph.initializer] == ["weights", "bias"]
-    assert [entry.name for entry in part.graph.input] == ["observation"]
+    assert [node.op_type for node in part.graph.node] == ["Flatten", "Gemm", "Where", "ArgMax"]
+    assert [entry.name for entry in part.graph.initializer] == ["weights", "bias", "floor"]
+    assert [entry.name for entry in part.graph.input] == ["observation", "action_mask"]
     assert [entry.name for entry in part.graph.output] == ["action"]
     critic = onnx.load_from_string(subgraph(whole.SerializeToString(), ["value"]))
     assert {entry.name for entry in critic.graph.initializer} == {
@@ -69,7 +71,7 @@ def test_fields_that_are_not_described_pass_through():
     assert (part.producer_name, part.metadata_props[0].value) == ("somebody", "value")
     assert (part.ir_version, part.opset_import) == (whole.ir_version, whole.opset_import)
     assert part.graph.node[1].attribute == whole.graph.node[1].attribute
-    assert part.graph.node[2].attribute[0].name == "axis"
+    assert part.graph.node[3].attribute[0].name == "axis"
 
 
 def branching_model() -> onnx.ModelProto:
@@ -144,3 +146,141 @@ def test_a_missing_output_is_named_with_those_there_are():
     whole = onnx_model(discrete_policy()).SerializeToString()
     with pytest.raises(BundleError, match=r"'action_logp'.*not \['nothing'\]"):
         subgraph(whole, ["nothing"])
+
+
+def test_inputs_are_read_with_their_types_and_shapes():
+    found = graph_inputs(memory_policy().model().SerializeToString())
+    assert found["state/h"] == Signature("float32", (None, 2))
+    assert found["reward"] == Signature("float32", (None,))
+    assert found["action_mask"] == Signature("bool", (None, 2))
+    image = graph_inputs(image_policy().model().SerializeToString())
+    assert image["observation"] == Signature("uint8", (None, 2, 2, 3))
+
+
+def test_a_fixed_batch_is_seen_in_the_signature():
+    model = onnx_model(discrete_policy())
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    assert graph_inputs(model.SerializeToString())["observation"] == Signature("float32", (2, 4))
+
+
+@pytest.mark.parametrize("name", TINY_POLICIES)
+def test_sound_models_are_safe(name: str):
+    check_safety(TINY_POLICIES[name]().model().SerializeToString())
+
+
+def test_a_branching_model_is_safe():
+    check_safety(branching_model().SerializeToString())
+
+
+def external(tensor: onnx.TensorProto) -> None:
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+
+
+def add_external_initializer(model: onnx.ModelProto) -> None:
+    external(model.graph.initializer[0])
+
+
+def add_location_alone(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].external_data.add(key="location", value="weights.bin")
+
+
+def add_flag_alone(model: onnx.ModelProto) -> None:
+    model.graph.initializer[0].data_location = TensorProto.EXTERNAL
+
+
+def add_external_constant(model: onnx.ModelProto) -> None:
+    tensor = numpy_helper.from_array(np.zeros(3, np.float32), "secret")
+    external(tensor)
+    model.graph.node.append(helper.make_node("Constant", [], ["c"], value=tensor))
+
+
+def add_external_in_branch(model: onnx.ModelProto) -> None:
+    branch = next(node for node in model.graph.node if node.op_type == "If").attribute[1].g
+    tensor = numpy_helper.from_array(np.zeros(3, np.float32), "secret")
+    external(tensor)
+    branch.initializer.append(tensor)
+
+
+def add_external_sparse(model: onnx.ModelProto) -> None:
+    sparse = model.graph.sparse_initializer.add()
+    sparse.values.name = "secret"
+    external(sparse.values)
+
+
+def add_external_sparse_attribute(model: onnx.ModelProto) -> None:
+    attribute = model.graph.node[0].attribute.add(name="sparse_value")
+    external(attribute.sparse_tensor.indices)
+
+
+def add_external_in_function(model: onnx.ModelProto) -> None:
+    function = model.functions.add(name="f")
+    tensor = numpy_helper.from_array(np.zeros(3, np.float32), "secret")
+    external(tensor)
+    function.node.append(helper.make_node("Constant", [], ["c"], value=tensor))
+
+
+def add_opset(model: onnx.ModelProto) -> None:
+    model.opset_import.add(domain="com.microsoft", version=1)
+
+
+def add_foreign_node(model: onnx.ModelProto) -> None:
+    model.graph.node[0].domain = "com.microsoft"
+
+
+def add_foreign_node_in_branch(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "If")
+    node.attribute[0].g.node[0].domain = "evil"
+
+
+def add_foreign_function(model: onnx.ModelProto) -> None:
+    model.functions.add(name="f", domain="evil")
+
+
+def add_foreign_node_in_function(model: onnx.ModelProto) -> None:
+    model.functions.add(name="f").node.append(helper.make_node("Run", [], ["x"], domain="evil"))
+
+
+def add_foreign_opset_in_function(model: onnx.ModelProto) -> None:
+    model.functions.add(name="f").opset_import.add(domain="evil", version=1)
+
+
+def add_training(model: onnx.ModelProto) -> None:
+    model.training_info.add()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (add_external_initializer, "'a' in another file"),
+        (add_location_alone, "'a' in another file"),
+        (add_flag_alone, "'a' in another file"),
+        (add_external_constant, "'secret' in another file"),
+        (add_external_in_branch, "'secret' in another file"),
+        (add_external_sparse, "'secret' in another file"),
+        (add_external_sparse_attribute, "in another file"),
+        (add_external_in_function, "'secret' in another file"),
+        (add_opset, "domain 'com.microsoft'"),
+        (add_foreign_node, "domain 'com.microsoft' .a node Add"),
+        (add_foreign_node_in_branch, "domain 'evil'"),
+        (add_foreign_function, "domain 'evil' .the function 'f'"),
+        (add_foreign_node_in_function, "domain 'evil' .a node Run"),
+        (add_foreign_opset_in_function, "domain 'evil'"),
+        (add_training, "training_info"),
+    ],
+)
+def test_what_no_policy_needs_is_refused_wherever_it_hides(damage: Any, reason: str):
+    model = branching_model()
+    damage(model)
+    with pytest.raises(BundleError, match=reason):
+        check_safety(model.SerializeToString())
+
+
+def test_the_standard_domain_has_two_names():
+    model = branching_model()
+    for node in model.graph.node:
+        node.domain = "ai.onnx"
+    model.opset_import[0].domain = "ai.onnx"
+    model.functions.add(name="f", domain="ai.onnx")
+    check_safety(model.SerializeToString())

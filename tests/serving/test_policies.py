@@ -7,8 +7,15 @@ import pytest
 
 from serving.client import PolicyClient
 from serving.engines.graph import GraphPolicy
+from serving.spaces import flatten
 from tests.serving.conftest import LiveServer
-from tests.serving.policy_contract import ContractCase, PolicyContract
+from tests.serving.policy_contract import (
+    ContractCase,
+    PolicyContract,
+    TinyCase,
+    TinyPolicyContract,
+)
+from tests.tiny_policies import TINY_POLICIES
 
 
 class TestGraphPolicy(PolicyContract):
@@ -24,6 +31,19 @@ class TestPolicyClient(PolicyContract):
         reference = {"discrete": discrete, "box": box}[request.param]
         with PolicyClient(live_server.policy_url(request.param)) as client:
             yield ContractCase(client, reference)
+
+
+class TestTinyGraphPolicy(TinyPolicyContract):
+    @pytest.fixture(params=TINY_POLICIES)
+    def case(self, request, tiny_policies) -> TinyCase:
+        return TinyCase(tiny_policies[request.param], TINY_POLICIES[request.param]())
+
+
+class TestTinyPolicyClient(TinyPolicyContract):
+    @pytest.fixture(params=TINY_POLICIES)
+    def case(self, request, tiny_server):
+        with PolicyClient(tiny_server.policy_url(request.param)) as client:
+            yield TinyCase(client, TINY_POLICIES[request.param]())
 
 
 @pytest.mark.parametrize("name", ["discrete", "box"])
@@ -43,3 +63,36 @@ def test_the_served_policy_is_the_same_function_bit_for_bit(
         there = client.compute_actions(observations, **arguments)
     for output in ("actions", *asked):
         np.testing.assert_array_equal(getattr(here, output), getattr(there, output))
+
+
+@pytest.mark.parametrize("name", TINY_POLICIES)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_episodes_of_a_served_policy_are_the_same_bit_for_bit(
+    name: str,
+    deterministic: bool,
+    tiny_server: LiveServer,
+    tiny_policies: dict[str, GraphPolicy],
+):
+    reference, policy = TINY_POLICIES[name](), tiny_policies[name]
+    if not (deterministic or reference.noise_size):
+        return
+    here = there = None
+    with PolicyClient(tiny_server.policy_url(name)) as client:
+        for step in range(5):
+            observations = reference.observations(6, seed=step)
+            arguments = {
+                "deterministic": deterministic,
+                "seed": step,
+                "outputs": policy.available_outputs,
+                "rewards": np.arange(6) * 0.1 if reference.state else None,
+            }
+            here = policy.compute_actions(observations, state=here and here.state, **arguments)
+            there = client.compute_actions(observations, state=there and there.state, **arguments)
+            space = policy.manifest.action_space
+            answers = [flatten(space, "", output.actions) for output in (here, there)]
+            for one, other in ((here.state or {}, there.state or {}), answers):
+                assert one.keys() == other.keys()
+                for key in one:
+                    np.testing.assert_array_equal(one[key], other[key])
+            for output in policy.available_outputs:
+                np.testing.assert_array_equal(getattr(here, output), getattr(there, output))

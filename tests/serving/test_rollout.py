@@ -9,15 +9,28 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from serving.client import PolicyClient
+from serving.config import ServingConfig
+from serving.episodes import EpisodeResult, RolloutResult
 from serving.errors import UsageError
 from serving.interface import Policy, PolicyOutput
 from serving.rollout import (
     EnvironmentFailedError,
-    EpisodeResult,
     RandomPolicy,
-    RolloutResult,
+    check_spaces,
     evaluate_policy,
     make_env,
+)
+from serving.spaces import space_from_gymnasium
+from tests.serving.conftest import serving_services
+from tests.serving.numpy_policies import (
+    ACTION_SPACES,
+    OBSERVATION_SPACES,
+    action_of,
+    sample,
+    services_of,
+    summing_policy,
+    total_of,
 )
 
 
@@ -67,8 +80,10 @@ class DoublingPolicy:
         self.calls: list[tuple[int, bool, int | None]] = []
 
     def compute_actions(
-        self, observations: Any, *, deterministic: bool, seed: int | None
+        self, observations: Any, *, deterministic: bool, seed: int | None, state: Any, rewards: Any
     ) -> PolicyOutput:
+        assert state is None
+        assert rewards.shape == (len(observations),)
         self.calls.append((len(observations), deterministic, seed))
         return PolicyOutput(actions=2 * observations)
 
@@ -206,6 +221,157 @@ def test_random_actions_are_of_the_space_and_repeat_with_their_seed():
     assert (box >= -1).all()
     assert (box <= 2).all()
     assert isinstance(RandomPolicy(discrete), Policy)
+
+
+MEMORY = {"total": {"dtype": "float32", "shape": [], "initial": 0.5}}
+
+
+class SummingEnv(gym.Env[Any, Any]):
+    """Wants the action of a policy that adds up every observation and reward of the episode.
+
+    Seeded with s: 2 + s % 4 steps, the k-th rewarded k. `info` forbids the wanted action if
+    `is_masking`, so that the next one has to be taken.
+    """
+
+    def __init__(self, observation: str, action: str, *, is_masking: bool = False) -> None:
+        self.observation_space = OBSERVATION_SPACES[observation]
+        self.action_space = ACTION_SPACES[action]
+        self.is_masking = is_masking
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, Any]:  # noqa: ARG002 - Gymnasium's
+        assert seed is not None
+        self.seed = seed
+        self.observations = sample(self.observation_space, 6, seed)
+        self.steps = 0
+        self.remembered = 0.5 + total_of(self.observations[0])
+        return self.observations[0], self._info()
+
+    def _info(self) -> dict[str, Any]:
+        if not self.is_masking:
+            return {}
+        step = int(np.floor(self.remembered))
+        if isinstance(self.action_space, gym.spaces.Discrete):
+            mask = np.ones(self.action_space.n, np.int8)
+            mask[step % self.action_space.n] = 0
+            return {"action_mask": mask}
+        assert isinstance(self.action_space, gym.spaces.MultiDiscrete)
+        masks = [np.ones(n, np.int8) for n in self.action_space.nvec]
+        for k, mask in enumerate(masks):
+            mask[(step + k) % len(mask)] = 0
+        return {"action_mask": tuple(masks)}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, Any]:
+        assert self.action_space.contains(action)
+        wanted = action_of(self.action_space, self.remembered + self.is_masking)
+        np.testing.assert_equal(action, wanted)
+        self.steps += 1
+        reward = float(self.steps)
+        observation = self.observations[self.steps % 6]
+        self.remembered += total_of(observation) + 10 * reward
+        return observation, reward, self.steps == 2 + self.seed % 4, False, self._info()
+
+
+def summing(observation: str, action: str, **kwargs: Any) -> Any:
+    return summing_policy(
+        OBSERVATION_SPACES[observation],
+        ACTION_SPACES[action],
+        state=MEMORY,
+        has_reward=True,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize(
+    ("observation", "action"),
+    [
+        ("vector", "dict"),
+        ("dict", "tuple"),
+        ("tuple", "multi-binary"),
+        ("discrete", "multi-discrete"),
+        ("image", "box"),
+        ("multi-binary", "discrete"),
+    ],
+)
+def test_every_episode_has_its_own_memory_whatever_num_envs(observation, action, num_envs: int):
+    result = evaluate_policy(
+        summing(observation, action),
+        lambda: SummingEnv(observation, action),
+        n_episodes=7,
+        num_envs=num_envs,
+        seed=3,
+    )
+    # The environment asserts each action; rewards are 1 + 2 + ... + steps.
+    lengths = [2 + (3 + k) % 4 for k in range(7)]
+    assert result.returns.tolist() == [n * (n + 1) / 2 for n in lengths]
+
+
+def test_a_served_policy_with_memory_is_played_as_the_same_policy_here():
+    services = services_of({"p": summing("dict", "tuple")})
+    with (
+        serving_services(services, ServingConfig()) as server,
+        PolicyClient(server.policy_url("p")) as client,
+    ):
+        result = evaluate_policy(
+            client, lambda: SummingEnv("dict", "tuple"), n_episodes=5, num_envs=2
+        )
+        check_spaces("Summing", SummingEnv("dict", "tuple"), client.describe())
+        with pytest.raises(UsageError, match="Dict"):
+            check_spaces("Summing", SummingEnv("tuple", "tuple"), client.describe())
+    assert result.n_steps == 2 + 3 + 4 + 5 + 2
+
+
+@pytest.mark.parametrize("action", ["discrete", "multi-discrete"])
+def test_what_the_environment_s_info_forbids_is_not_taken(action: str):
+    policy = summing("vector", action, has_mask=True)
+    env = SummingEnv("vector", action, is_masking=True)
+    assert evaluate_policy(policy, env, n_episodes=4, use_action_mask=True).n_steps == 14
+    with pytest.raises(EnvironmentFailedError):
+        evaluate_policy(policy, env, n_episodes=1)
+    with pytest.raises(UsageError, match="no action_mask"):
+        evaluate_policy(policy, SummingEnv("vector", action), use_action_mask=True)
+
+
+@pytest.mark.parametrize("name", ACTION_SPACES)
+def test_random_actions_of_any_space_are_of_it(name: str):
+    space = ACTION_SPACES[name]
+    output = RandomPolicy(space).compute_actions([None] * 20)
+    assert len(output) == 20
+    assert all(space.contains(action) for action in output)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "allowed"),
+    [
+        ("discrete", [0, 1, 0], [[6]]),
+        ("multi-discrete", [0, 0, 1, 0, 1, 1, 0], [[2, 1], [2, 2]]),
+    ],
+)
+def test_random_actions_keep_to_a_mask(name: str, mask: list[int], allowed: Any):
+    policy = RandomPolicy(ACTION_SPACES[name])
+    actions = policy.compute_actions([None] * 50, action_mask=[mask] * 50).actions
+    assert {tuple(np.atleast_1d(action)) for action in actions} == set(map(tuple, allowed))
+
+
+PAIRS = [(left, right) for left in OBSERVATION_SPACES for right in OBSERVATION_SPACES]
+
+
+@pytest.mark.parametrize("where", ["observation_space", "action_space"])
+def test_an_environment_fits_its_own_spaces_and_no_others(where: str):
+    env = SummingEnv("vector", "box")
+    plain = {name: space_from_gymnasium(space) for name, space in OBSERVATION_SPACES.items()}
+    described = {
+        "observation_space": space_from_gymnasium(env.observation_space).to_json(),
+        "action_space": space_from_gymnasium(env.action_space).to_json(),
+    }
+    for left, right in PAIRS:
+        setattr(env, where, OBSERVATION_SPACES[left])
+        entry = {**described, where: plain[right].to_json()}
+        if left == right:
+            check_spaces("Some-v0", env, entry)
+        else:
+            with pytest.raises(UsageError, match="Some-v0 has the"):
+                check_spaces("Some-v0", env, entry)
 
 
 def test_an_unknown_environment_is_a_usage_error():

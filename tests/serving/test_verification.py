@@ -12,9 +12,10 @@ import pytest
 from serving.bundle import read_bundle
 from serving.engines.graph import load_graph
 from serving.errors import BundleError, VerificationError
-from serving.parity import TOLERANCE, compare, describe_mismatches, run_in_batches
+from serving.parity import TOLERANCE
 from serving.verification import load_verified_policy, verify_graph
 from tests.bundles import OUTPUTS, LinearPolicy, box_policy, discrete_policy
+from tests.tiny_policies import TINY_POLICIES, TinyPolicy, memory_policy
 
 
 @pytest.mark.parametrize("kind", ["discrete", "box", "no-critic"])
@@ -88,8 +89,9 @@ class WrongWhenAlone:
         self.reference = reference
         self.wrong_at = wrong_at
 
-    def run(self, names: Sequence[str], observation: Any, noise: Any) -> dict[str, Any]:
-        answers = self.reference.answers(observation, noise)
+    def run(self, names: Sequence[str], inputs: Any) -> dict[str, Any]:
+        noise = inputs["noise"]
+        answers = self.reference.answers(inputs["observation"], noise, inputs["action_mask"])
         if (list(names) == ["action"]) if self.wrong_at is None else len(noise) == self.wrong_at:
             answers["action"] = (answers["action"] + 1) % 3
         return {name: answers[name] for name in names}
@@ -126,7 +128,7 @@ def test_no_golden_vectors_prove_nothing(tmp_path: Path):
         load_verified_policy(path)
 
 
-@pytest.mark.parametrize("name", ["observation", "noise", "action", "value"])
+@pytest.mark.parametrize("name", ["observation", "noise", "action_mask", "action", "value"])
 def test_golden_vectors_of_unequal_lengths_are_refused(tmp_path: Path, name: str):
     def damage(golden: dict[str, Any]) -> None:
         golden[name] = golden[name][:-1]
@@ -142,63 +144,193 @@ def test_a_graph_of_another_observation_width_is_refused(tmp_path: Path):
     path = discrete_policy().save(
         tmp_path / "bundle",
         damage_golden=lambda golden: golden.update(observation=other["observation"]),
-        facts={"observation_space": narrow},
+        facts={
+            "observation_space": narrow,
+            "inputs": discrete_policy(observation_shape=(3,)).facts()["inputs"],
+        },
     )
     with pytest.raises(BundleError):
         load_verified_policy(path)
 
 
-def test_where_two_actions_tie_either_is_right():
-    noise = np.zeros((2, 3), np.float32)
-    near, far = 0.5 * TOLERANCE, 10 * TOLERANCE
-    scores = np.array([[0.0, 1.0, 1.0 + near], [0.0, 1.0, 1.0 + far]], np.float32)
-    expected = {"action": np.array([2, 2])}
-    (same,) = compare(expected, {"action": np.array([2, 2])}, noise, scores)
-    (tie,) = compare(expected, {"action": np.array([1, 2])}, noise, scores)
-    (mistake,) = compare(expected, {"action": np.array([2, 1])}, noise, scores)
-    assert [item.n_mismatched for item in (same, tie, mistake)] == [0, 0, 1]
-    assert mistake.first_mismatch == 1
+@pytest.mark.parametrize("name", TINY_POLICIES)
+def test_every_kind_of_policy_is_verified(tiny_bundles: dict[str, Path], name: str):
+    bundle = read_bundle(tiny_bundles[name])
+    report = verify_graph(bundle, load_graph(bundle))
+    assert set(report.max_difference) == set(bundle.manifest.outputs)
+    assert report.n_observations == (54 if name == "memory" else 70)
+    assert report.max_error < TOLERANCE
 
 
-def test_in_a_tie_an_action_that_is_neither_of_the_two_best_is_wrong():
-    scores = np.array([[-9.0, 1.0, 1.0]], np.float32)
-    noise = np.zeros((1, 3), np.float32)
-    (found,) = compare({"action": np.array([2])}, {"action": np.array([0])}, noise, scores)
-    assert found.n_mismatched == 1
+@pytest.mark.parametrize("name", TINY_POLICIES)
+def test_one_wrong_answer_in_any_output_of_any_policy_is_found(tmp_path: Path, name: str):
+    policy = TINY_POLICIES[name]()
+    for output in policy.outputs:
+
+        def damage(golden: dict[str, Any], output: str = output) -> None:
+            row = (7, 4) if name == "memory" else (60,)
+            if golden[output].dtype.kind == "i":
+                golden[output][row] = (golden[output][row] + 1) % 2
+            else:
+                golden[output][row] += 1e-3
+
+        path = policy.save(tmp_path / "bundle", damage_golden=damage)
+        where = r"of 54 steps \(row 7, step 4:" if name == "memory" else r"of 70 rows \(row 60:"
+        with pytest.raises(VerificationError, match=f"(: |; ){output} differs in 1 {where}"):
+            load_verified_policy(path)
 
 
-def test_ties_of_sampled_actions_are_judged_with_their_noise():
-    scores = np.array([[0.0, 1.0, 5.0]], np.float32)
-    noise = np.array([[6.0, 5.0, 0.0]], np.float32)  # 6, 6, 5
-    found = {"sampled_action": np.array([0]), "action": np.array([1])}
-    expected = {"sampled_action": np.array([1]), "action": np.array([2])}
-    sampled, greedy = compare(expected, found, noise, scores)
-    assert (sampled.n_mismatched, greedy.n_mismatched) == (0, 1)
-
-
-def test_a_mismatch_is_described_with_both_values():
-    noise = np.zeros((3, 1), np.float32)
-    expected = {"value": np.array([1.0, 2.0, 3.0], np.float32)}
-    found = {"value": np.array([1.0, 2.5, 3.5], np.float32)}
-    comparisons = compare(expected, found, noise, noise)
-    assert comparisons[0].max_difference == 0.5
-    assert comparisons[0].max_error == pytest.approx(0.5 / 3)
-    assert describe_mismatches(comparisons, expected, found) == (
-        "value differs in 2 of 3 rows (row 1: RLlib 2., found 2.5)"
+@pytest.mark.parametrize("name", ["dict", "image", "memory"])
+def test_masked_rows_are_replayed_with_their_masks(tmp_path: Path, name: str):
+    policy = TINY_POLICIES[name]()
+    path = policy.save(
+        tmp_path / "bundle",
+        damage_golden=lambda golden: golden.__delitem__("action_mask"),  # now: all are allowed
     )
+    with pytest.raises(VerificationError, match="action"):
+        load_verified_policy(path)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 10, 64])
-def test_rows_run_in_batches_come_back_in_order(batch_size: int):
-    sizes: list[int] = []
+def test_golden_vectors_without_masks_mean_that_all_actions_are_allowed(tmp_path: Path):
+    def damage(golden: dict[str, Any]) -> None:
+        del golden["action_mask"]
+        golden.update(policy.answers(golden["observation"], golden["noise"]))
 
-    def runner(rows: Any, noise: Any) -> dict[str, Any]:
-        sizes.append(len(rows))
-        assert len(noise) == len(rows)
-        return {"sum": rows[:, 0] + noise[:, 0]}
+    policy = discrete_policy()
+    load_verified_policy(policy.save(tmp_path / "bundle", damage_golden=damage))
 
-    rows = np.arange(10, dtype=np.float32)[:, None]
-    found = run_in_batches(runner, rows, rows * 10, batch_size)
-    np.testing.assert_array_equal(found["sum"], np.arange(10) * 11)
-    assert max(sizes) == min(batch_size, 10)
-    assert sum(sizes) == 10
+
+def test_states_that_rllib_does_not_show_are_not_compared_but_used(tmp_path: Path):
+    def hide(golden: dict[str, Any]) -> None:
+        for name in [name for name in golden if "next_state" in name]:
+            del golden[name]
+
+    path = memory_policy().save(tmp_path / "bundle", damage_golden=hide)
+    bundle = read_bundle(path)
+    report = verify_graph(bundle, load_graph(bundle))
+    assert set(report.max_difference) == {
+        name for name in bundle.manifest.outputs if "next_state" not in name
+    }
+
+
+@pytest.mark.parametrize(
+    "missing", ["is_sampled", "reward", "observation", "noise", "sampled_action"]
+)
+def test_golden_episodes_that_lack_an_array_are_refused(tmp_path: Path, missing: str):
+    path = memory_policy().save(
+        tmp_path / "bundle", damage_golden=lambda golden: golden.__delitem__(missing)
+    )
+    with pytest.raises(BundleError, match=missing):
+        load_verified_policy(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reward": np.zeros((9, 5), np.float32)},
+        {"observation": np.zeros((9, 6, 2), np.complex64)},
+        {"noise": np.zeros((9, 6, 3), np.float32)},
+        {"is_sampled": np.zeros((9, 6), np.float32)},
+        {"action": np.zeros(9, np.int64)},
+        {"action": np.full((9, 6), "left")},
+    ],
+    ids=str,
+)
+def test_golden_episodes_of_another_form_are_refused(tmp_path: Path, change: dict[str, Any]):
+    path = memory_policy().save(
+        tmp_path / "bundle", damage_golden=lambda golden: golden.update(change)
+    )
+    with pytest.raises(BundleError, match=next(iter(change))) as caught:
+        load_verified_policy(path)
+    assert not isinstance(caught.value, VerificationError)
+
+
+def test_an_answer_of_another_shape_is_a_mismatch(tmp_path: Path):
+    def damage(golden: dict[str, Any]) -> None:
+        golden["action_dist_inputs"] = golden["action_dist_inputs"][:, :2]
+
+    path = discrete_policy().save(tmp_path / "bundle", damage_golden=damage)
+    with pytest.raises(VerificationError, match="action_dist_inputs has the shape"):
+        load_verified_policy(path)
+
+
+class Forgetful:
+    """The twin of a policy with memory, wrong in one way."""
+
+    name = "odd"
+    device = "cpu"
+
+    def __init__(self, reference: TinyPolicy, change: Any) -> None:
+        self.reference = reference
+        self.change = change
+
+    def run(self, names: Sequence[str], inputs: Any) -> dict[str, Any]:
+        answers = self.change(self.reference, dict(inputs), list(names))
+        return {name: answers[name] for name in names}
+
+
+def forgets(reference: TinyPolicy, inputs: Any, _: list[str]) -> Any:
+    return reference.answers({**inputs, "state/h": inputs["state/h"] * 0 + 0.25})
+
+
+def starts_elsewhere(reference: TinyPolicy, inputs: Any, _: list[str]) -> Any:
+    is_start = (inputs["state/previous"] == 0).all(axis=1, keepdims=True)
+    return reference.answers({**inputs, "state/h": np.where(is_start, 0.0, inputs["state/h"])})
+
+
+def takes_the_greedy_for_the_sampled(reference: TinyPolicy, inputs: Any, _: list[str]) -> Any:
+    answers = reference.answers(inputs)
+    return {**answers, "sampled_next_state/previous": answers["next_state/previous"]}
+
+
+def ignores_the_reward(reference: TinyPolicy, inputs: Any, _: list[str]) -> Any:
+    return reference.answers({**inputs, "reward": inputs["reward"] * 0})
+
+
+def keeps_another_state_when_greedy(reference: TinyPolicy, inputs: Any, names: list[str]) -> Any:
+    answers = reference.answers(inputs)
+    if len(names) == 3:  # the action and two next states
+        answers["next_state/h"] = answers["next_state/h"] + 1.0
+    return answers
+
+
+def is_right(reference: TinyPolicy, inputs: Any, _: list[str]) -> Any:
+    return reference.answers(inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (forgets, "next_state/h"),
+        (starts_elsewhere, "next_state/h"),
+        (takes_the_greedy_for_the_sampled, "sampled_next_state/previous"),
+        (ignores_the_reward, "action_dist_inputs"),
+        (keeps_another_state_when_greedy, "next_state/h"),
+    ],
+)
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_a_memory_that_goes_wrong_is_found(tmp_path: Path, change: Any, named: str, is_shown: bool):
+    def hide(golden: dict[str, Any]) -> None:
+        for name in [name for name in golden if "next_state" in name and not is_shown]:
+            del golden[name]
+
+    bundle = read_bundle(memory_policy().save(tmp_path / "bundle", damage_golden=hide))
+    verify_graph(bundle, Forgetful(memory_policy(), is_right))
+    with pytest.raises(VerificationError, match=named if is_shown else "differs") as caught:
+        verify_graph(bundle, Forgetful(memory_policy(), change))
+    assert "step" in caught.value.message
+
+
+def test_a_bundle_is_held_to_the_tolerance_that_it_states(tmp_path: Path):
+    def damage(golden: dict[str, Any]) -> None:
+        golden["value"] += 5e-3
+
+    for tolerance, is_sound in ((1e-5, False), (1e-3, False), (1e-2, True)):
+        path = discrete_policy().save(
+            tmp_path / "bundle", damage_golden=damage, facts={"tolerance": tolerance}
+        )
+        if is_sound:
+            load_verified_policy(path)
+            continue
+        with pytest.raises(VerificationError, match="value differs in"):
+            load_verified_policy(path)

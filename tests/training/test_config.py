@@ -59,6 +59,14 @@ def test_flags_beat_yaml_and_set_beats_flags(tmp_path):
         ("rollout_fragment_length=auto", lambda c: c.rollout_fragment_length, "auto"),
         ("use_kl_loss=true", lambda c: c.algo_config.use_kl_loss, True),
         ("model={fcnet_hiddens: [8]}", lambda c: c.model.fcnet_hiddens, (8,)),
+        ("model.use_lstm=true", lambda c: c.model.use_lstm, True),
+        (
+            "model.conv_filters=[[16,4,2],[32,[3,5],1]]",
+            lambda c: c.model.conv_filters,
+            ((16, 4, 2), (32, (3, 5), 1)),
+        ),
+        ("observation_filter=mean_std", lambda c: c.observation_filter, "mean_std"),
+        ("prev_actions=2", lambda c: c.prev_actions, 2),
     ],
 )
 def test_set_reads_values_as_yaml(tmp_path, text, read, expected):
@@ -80,7 +88,8 @@ def test_set_reads_values_as_yaml(tmp_path, text, read, expected):
         ("env: X\ncheckpoint: {evvery: 3}\n", [], ["`checkpoint.every`"]),
         ("env: X\n", ["train_batch_size=512"], ["train_batch_size_per_learner"]),
         ("env: X\n", ["num_sgd_iter=5"], ["num_epochs"]),
-        ("env: X\nmodel: {use_lstm: true}\n", [], ["recurrent"]),
+        ("env: X\n", ["use_lstm=true"], ["`use_lstm` belongs under `model`"]),
+        ("env: X\nmodel: {lstm_use_prev_action: true}\n", [], ["`prev_actions`"]),
     ],
 )
 def test_a_misspelt_key_names_the_nearest_and_where_it_stood(tmp_path, yaml_text, sets, expected):
@@ -103,6 +112,14 @@ def test_a_misspelt_key_names_the_nearest_and_where_it_stood(tmp_path, yaml_text
         ("env: X\n", ["rollout_fragment_length=some"], ["'some'", "'auto'"]),
         ("env: X\n", ["normalize_actions=1"], ["1", "boolean"]),
         ("env: X\n", ["lr=[[5, 0.1], [10, 0.2]]"], ["start at 0"]),
+        ("env: X\n", ["observation_filter=MeanStdFilter"], ["'MeanStdFilter'", "'mean_std'"]),
+        ("env: X\n", ["model.conv_filters=[[16, 4]]"], ["[[channels, kernel", "--set"]),
+        ("env: X\n", ["model.fcnet_hiddens=[]"], ["fcnet_hiddens", "at least 1"]),
+        (
+            "env: X\nmodel: {use_lstm: true}\n",
+            ["model.max_seq_len=50", "minibatch_size=40"],
+            ["model.max_seq_len (50)", "minibatch_size (40)"],
+        ),
         ("env: X\nmodel: 3\n", [], ["`model` is a section", "3"]),
         ("env: X\n", ["stop.timesteps=0"], ["0", "greater than or equal to 1"]),
         ("env: X\n", ["lr"], ["key=value"]),
@@ -134,7 +151,10 @@ def test_an_algorithm_is_found_whatever_its_case():
 def test_the_config_in_force_reads_back_equal(tmp_path):
     config = load_config(
         flags={"env": "CartPole-v1", "stop.return": 3.5},
-        sets=["lr=[[0,1e-3],[100,1e-5]]", "env_config={a: {b: [1, x]}}", "grad_clip=null"],
+        sets=[
+            *("lr=[[0,1e-3],[100,1e-5]]", "env_config={a: {b: [1, x]}}", "grad_clip=null"),
+            *("model.conv_filters=[[4,[3,2],1]]", "observation_filter=mean_std", "frame_stack=2"),
+        ],
     ).complete()
     assert load_config(write(tmp_path / "config.yaml", dump_config(config))) == config
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -177,6 +182,40 @@ def test_ctrl_c_saves_and_a_killed_run_resumes_without_gap_or_double_point(
     assert missed.stderr.count("\n") == 1
     assert "0 was asked for" in missed.stderr
     assert rows(run_dir) == curve
+
+
+def filter_statistics(checkpoint: Path) -> tuple[int, np.ndarray]:
+    """How many observations a checkpoint's filter has seen, and their mean."""
+    path = checkpoint / "env_runner" / "env_to_module_connector" / "MeanStdFilter" / "state.pkl"
+    (found,) = pickle.loads(path.read_bytes())[None]["running_stats"]
+    mean = np.load(io.BytesIO(zlib.decompress(base64.b64decode(found["mean_array"]))))
+    return found["num_pushes"], mean
+
+
+def test_memory_and_filter_are_trained_by_two_processes_kept_and_resumed(train, tmp_path):
+    run_dir = tmp_path / "run"
+    done = train(
+        *("--env", "tests.environments:ShiftedCartPole-v1", "--run-dir", run_dir, "--seed", 1),
+        *("--num-env-runners", 2, "--stop-timesteps", 500, "--set", "model.use_lstm=true"),
+        *("--set", "observation_filter=mean_std", "--set", "model.lstm_cell_size=8"),
+        *("--set", "train_batch_size_per_learner=256", "--set", "model.fcnet_hiddens=[8]"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    refused = train("--resume", run_dir, "--set", "observation_filter=none")
+    assert refused.returncode == 2
+    assert "can't change `observation_filter`" in refused.stderr
+    resumed = train("--resume", run_dir, "--stop-timesteps", 1000)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert len(rows(run_dir)) == 4
+    for iteration in (2, 4):
+        n_seen, mean = filter_statistics(run_dir / f"checkpoints/iteration_00000{iteration}")
+        n_steps = int(rows(run_dir)[iteration - 1]["env_steps"])
+        # It sees what the environments show: an observation a step, and the last of each episode;
+        # resumed, 16 environments start again.
+        n_episodes = sum(int(row["n_episodes"]) for row in rows(run_dir)[:iteration])
+        assert n_steps + n_episodes <= n_seen <= n_steps + n_episodes + 2 * 16 + 2 * 16
+        # 40,000 and -2, and the small changes of a pole that falls beyond 0.21 rad.
+        np.testing.assert_allclose(mean[2:], [40_000, -2.0], atol=0.05)
 
 
 def wait_for_rows(run_dir: Path, n_rows: int) -> None:
