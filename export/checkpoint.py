@@ -6,7 +6,6 @@ So nothing is unpickled before `_require_trust` has agreed.
 
 from __future__ import annotations
 
-import json
 import pickle
 import sys
 from collections.abc import Mapping
@@ -14,19 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from export.agents import split_agents
 from export.connectors import freeze_filters
 from export.errors import CheckpointError, UnsupportedPolicyError, UntrustedCheckpointError
-from export.legacy import explain_legacy
+from export.layout import (
+    DEFAULT_MODULE_ID,
+    MODULES,
+    locate,
+    only_policy,
+    pipelines_directory,
+    without_module,
+)
 from export.policy import Checkpoint
-from training.errors import TrainingError
 from training.provenance import verify_checkpoint
-from training.run_directory import find_checkpoint
 
-DEFAULT_MODULE_ID = "default_policy"
-_MODULES = "learner_group/learner/rl_module"
 # Its policy is a world model of its own, with no RLModule forward pass to export.
 _WITHOUT_POLICY_MODULE = ("DreamerV3",)
 
@@ -46,15 +46,7 @@ def load_checkpoint(
         UntrustedCheckpointError: It was not written by this user's own `policyserve train`.
         UnsupportedPolicyError: Its algorithm has no policy that can be exported.
     """
-    found = load_checkpoints(path, trust=trust, module_id=module_id)
-    if len(found) > 1:
-        agents = "; ".join(", ".join(map(str, entry.members)) for entry in found)
-        raise UnsupportedPolicyError(
-            f"the agents of module {module_id!r} look through filters of their own ({agents}), so "
-            "they are policies of their own: export them all, without --module-id, or one with "
-            "--agent AGENT=MODULE"
-        )
-    return found[0]
+    return only_policy(load_checkpoints(path, trust=trust, module_id=module_id))
 
 
 def load_checkpoints(
@@ -77,13 +69,8 @@ def load_checkpoints(
     Raises:
         CheckpointError: See `load_checkpoint`; or there is no such module or agent.
     """
-    if reason := explain_legacy(Path(path)):
-        raise CheckpointError(reason)
-    try:
-        directory = find_checkpoint(path)
-    except TrainingError as exc:
-        raise CheckpointError(exc.message) from exc
-    ray_version = _check_layout(directory)
+    directory, ray_version = locate(path)
+    _check_complete(directory)
     _require_trust(directory, trust)
     algorithm_class, config = _read_algorithm(directory)
     if algorithm_class.__name__ in _WITHOUT_POLICY_MODULE:
@@ -93,54 +80,28 @@ def load_checkpoints(
         )
     env_to_module, module_to_env = _load_pipelines(directory)
     freeze_filters(env_to_module)
-    is_multi_agent = bool(config.is_multi_agent)
-    base = Checkpoint(
-        path=directory,
+    base = without_module(
+        directory,
+        module_id,
+        config,
+        (env_to_module, module_to_env),
         algorithm=algorithm_class.__name__,
-        module_id=module_id or DEFAULT_MODULE_ID,
-        rl_module=None,
-        env_to_module=env_to_module,
-        module_to_env=module_to_env,
-        observation_space=env_to_module.input_observation_space,
-        action_space=env_to_module.input_action_space,
-        env_id=config.env if isinstance(config.env, str) else None,
-        env_config=dict(config.env_config or {}),
-        facts={"checkpoint": directory.name, "ray_version": ray_version} | _run_facts(directory),
-        env_class=config.env if isinstance(config.env, type) else None,
+        facts={"ray_version": ray_version} | _run_facts(directory),
     )
-    if is_multi_agent:
+    if config.is_multi_agent:
         return split_agents(base, _load_modules(directory), config, module_id, agents)
     rl_module = _load_module(directory, base.module_id)
     return [replace(base, rl_module=rl_module, pipeline_module=rl_module)]
 
 
-def _check_layout(directory: Path) -> str:
-    marker = directory / "rllib_checkpoint.json"
-    if not marker.is_file():
-        raise CheckpointError(
-            f"{directory} is no RLlib checkpoint: it has no rllib_checkpoint.json; expected a run "
-            "directory of `policyserve train` or what `Algorithm.save_to_path` wrote"
-        )
-    try:
-        version = str(json.loads(marker.read_text())["ray_version"])
-    except (ValueError, KeyError, TypeError) as exc:
-        raise CheckpointError(
-            f"{marker} is not readable ({exc}): the checkpoint is damaged or of an RLlib older "
-            "than 2.40 (the old API stack), which cannot be exported"
-        ) from exc
-    if version.split(".")[:2] != ray.__version__.split(".")[:2]:
-        raise CheckpointError(
-            f"{directory} was written by Ray {version}, this is Ray {ray.__version__}, and RLlib "
-            f"promises no compatibility between them; export with ray=={version} installed"
-        )
-    needed = ["class_and_ctor_args.pkl", f"{_MODULES}/metadata.json"]
+def _check_complete(directory: Path) -> None:
+    needed = ["class_and_ctor_args.pkl", f"{MODULES}/metadata.json"]
     missing = [name for name in needed if not (directory / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{directory} is incomplete: {', '.join(missing)} missing (half-written, or of the old "
             "API stack, which has no RLModule)"
         )
-    return version
 
 
 def _require_trust(directory: Path, trust: bool) -> None:
@@ -211,7 +172,7 @@ def _load_module(directory: Path, module_id: str) -> Any:
     from ray.rllib.core.rl_module.rl_module import RLModule
     from ray.rllib.core.rl_module.torch import TorchRLModule
 
-    modules = directory / _MODULES
+    modules = directory / MODULES
     path = modules / module_id
     if not path.is_dir():
         found = sorted(entry.name for entry in modules.iterdir() if entry.is_dir())
@@ -259,7 +220,7 @@ def _load_modules(directory: Path) -> Any:
     """Every RLModule of a multi-agent checkpoint, as RLlib's MultiRLModule."""
     from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 
-    modules = directory / _MODULES
+    modules = directory / MODULES
     _unpickle(modules / "class_and_ctor_args.pkl")
     found = {
         entry.name: _load_module(directory, entry.name)
@@ -290,9 +251,7 @@ def _load_pipelines(directory: Path) -> tuple[Any, Any]:
     from ray.rllib.connectors.env_to_module import EnvToModulePipeline
     from ray.rllib.connectors.module_to_env import ModuleToEnvPipeline
 
-    # Without a local env runner RLlib writes the two pipelines at the top of the checkpoint.
-    base = directory / "env_runner"
-    base = base if base.is_dir() else directory
+    base = pipelines_directory(directory)
     pipelines: list[Any] = []
     for pipeline_class, name in (
         (EnvToModulePipeline, "env_to_module_connector"),

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from export.checkpoint import DEFAULT_MODULE_ID, load_checkpoint, load_checkpoints
+from export.checkpoint import load_checkpoint, load_checkpoints
 from export.distributions import DeterministicAction
 from export.errors import ParityError
 from export.formats import OPSET, export_program, write_onnx, write_pt2, write_torchscript
 from export.graph import PolicyGraph
 from export.gym_spaces import leaf_spaces
+from export.layout import DEFAULT_MODULE_ID
 from export.parity import check_parity
 from export.policy import Checkpoint
 from export.precision import TOLERANCES, Precision

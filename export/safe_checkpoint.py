@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.connector_pipeline_v2 import ConnectorPipelineV2
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -30,21 +29,17 @@ from export.config_source import (
 )
 from export.connectors import freeze_filters
 from export.errors import CheckpointError, UnsupportedPolicyError
-from export.legacy import explain_legacy
+from export.layout import MODULES, locate, only_policy, pipelines_directory, without_module
 from export.policy import Checkpoint
 from export.safe_states import restore_connectors, restore_weights
-from training.errors import TrainingError
 from training.provenance import SIGNATURE_FILE
-from training.run_directory import find_checkpoint
-
-_MODULES = "learner_group/learner/rl_module"
 
 
 def load_safe_checkpoint(
     directory: Path, *, config: str | None = None, module_id: str = DEFAULT_MODULE_ID
 ) -> Checkpoint:
     """Read one policy of a checkpoint without unpickling code; see `load_safe_checkpoints`."""
-    return load_safe_checkpoints(directory, config=config, module_id=module_id)[0]
+    return only_policy(load_safe_checkpoints(directory, config=config, module_id=module_id))
 
 
 def load_safe_checkpoints(
@@ -75,32 +70,20 @@ def load_safe_checkpoints(
         UsageError: The config can't be read.
         UnsupportedPolicyError: Its modules or connectors can't be restored from states alone.
     """
-    if reason := explain_legacy(directory):
-        raise CheckpointError(reason)
-    try:
-        path = find_checkpoint(directory)
-    except TrainingError as exc:
-        raise CheckpointError(exc.message) from exc
-    ray_version = _ray_version(path)
+    path, ray_version = locate(directory)
     with current_directory_importable():
         rllib_config = read_config(config, path)
         spaces = environment_spaces(rllib_config)
         env_to_module, module_to_env = _build_pipelines(rllib_config, spaces)
         modules = _build_modules(rllib_config, spaces, env_to_module)
         _restore(path, modules, env_to_module, module_to_env)
-        base = Checkpoint(
-            path=path,
-            algorithm=_algorithm_name(rllib_config),
-            module_id=module_id or DEFAULT_MODULE_ID,
-            rl_module=None,
-            env_to_module=env_to_module,
-            module_to_env=module_to_env,
-            observation_space=env_to_module.input_observation_space,
-            action_space=env_to_module.input_action_space,
-            env_id=rllib_config.env if isinstance(rllib_config.env, str) else None,
-            env_config=dict(rllib_config.env_config or {}),
-            facts={"checkpoint": path.name, "ray_version": ray_version} | _run_facts(path),
-            env_class=rllib_config.env if isinstance(rllib_config.env, type) else None,
+        base = without_module(
+            path,
+            module_id,
+            rllib_config,
+            (env_to_module, module_to_env),
+            algorithm=getattr(rllib_config.algo_class, "__name__", "unknown"),
+            facts={"ray_version": ray_version} | _run_facts(path),
         )
         if rllib_config.is_multi_agent:
             return split_agents(base, modules, rllib_config, module_id, agents)
@@ -113,32 +96,13 @@ def load_safe_checkpoints(
     return [replace(base, rl_module=rl_module, pipeline_module=rl_module)]
 
 
-def _algorithm_name(config: Any) -> str:
-    return str(config.algo_class.__name__)
-
-
 def _restore(path: Path, modules: Any, env_to_module: Any, module_to_env: Any) -> None:
     for module_id, rl_module in modules.items():
-        restore_weights(rl_module, path / _MODULES / module_id)
-    # Without a local env runner RLlib writes the two pipelines at the top of the checkpoint.
-    base = path / "env_runner" if (path / "env_runner").is_dir() else path
+        restore_weights(rl_module, path / MODULES / module_id)
+    base = pipelines_directory(path)
     restore_connectors(env_to_module, base / "env_to_module_connector")
     restore_connectors(module_to_env, base / "module_to_env_connector")
     freeze_filters(env_to_module)
-
-
-def _ray_version(path: Path) -> str:
-    marker = path / "rllib_checkpoint.json"
-    try:
-        version = str(json.loads(marker.read_text(encoding="utf-8"))["ray_version"])
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise CheckpointError(f"{marker} is not readable ({exc}): damaged or half-written") from exc
-    if version.split(".")[:2] != ray.__version__.split(".")[:2]:
-        raise CheckpointError(
-            f"{path} was written by Ray {version}, this is Ray {ray.__version__}, and RLlib "
-            f"promises no compatibility between them; export with ray=={version} installed"
-        )
-    return version
 
 
 def _run_facts(path: Path) -> dict[str, Any]:
