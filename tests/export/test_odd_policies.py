@@ -157,3 +157,14 @@ def test_a_wide_action_is_held_to_its_own_range(tmp_path: Path) -> None:
     export(tmp_path, case_of(action_space=wide))
     actions = load_verified_policy(tmp_path / "bundle").compute_actions(np.zeros((1, 4))).actions
     assert wide.contains(actions[0])
+
+
+def test_a_filter_keeps_the_digits_of_small_changes_of_large_numbers(tmp_path: Path) -> None:
+    # 40,000 ± 0.05 in float64: in float32 only a dozen different values would be left.
+    space = Box(40_000 - 0.05, 40_000 + 0.05, (4,), np.float64)
+    export(tmp_path, case_of(observation_space=space, connectors=("mean_std",)))
+    policy = load_verified_policy(tmp_path / "bundle")
+    rows = 40_000 + np.array([[1e-4] * 4, [2e-4] * 4])
+    found = policy.compute_actions(rows, outputs=["action_dist_inputs"]).action_dist_inputs
+    assert found is not None
+    assert np.abs(found[0] - found[1]).max() > 1e-4
