@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-fast test-export-matrix format check bench bench-export lock clean
+BENCH ?=
+
+.PHONY: install demo test test-fast test-export-matrix format check bench bench-export bench-bundles lock lock-peers clean
 
 install: $(STAMP)
 
@@ -14,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps tritonclient==2.73.0
 	@touch $(STAMP)
 
 demo: install
@@ -40,12 +43,18 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+# Beside its peers, each in an environment of its own (Python 3.11 or newer); about 35 minutes, and
+# less with BENCH=--quick, BENCH='--only policyserve,mosec' or BENCH=--resume.
 bench: install
-	$(BIN)/python -m loadtests.bench
+	$(BIN)/python -m loadtests.bench $(BENCH)
 
 # What a bundle's graph costs beside the bare network, and how long an export and a load take.
 bench-export: install
 	$(BIN)/python -m export.bench
+
+# Three bundles (MLP, CNN, LSTM) for `python -m serving.bench`, here or on a machine without Ray.
+bench-bundles: install
+	$(BIN)/python -m tests.export.bench_bundles -o build/bench-bundles
 
 clean:
 	rm -rf $(VENV) build dist demo runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -57,3 +66,11 @@ lock: install
 	echo 'torch==2.13.0' | $(BIN)/uv pip compile --quiet --universal --python-version 3.10 \
 		--extra dev --constraint - --no-header --no-annotate --no-emit-index-url \
 		--no-emit-find-links pyproject.toml | grep -vE '^(nvidia-|cuda-|triton)' > constraints.txt
+
+# Pin the peers of `make bench` again, from what each peer's .in file names.
+lock-peers: install
+	$(BIN)/python -m pip install --quiet uv
+	for file in loadtests/peers/requirements/*.in; do \
+		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
+			--no-emit-index-url --no-emit-find-links $$file -o $${file%.in}.txt || exit 1; \
+	done

@@ -11,11 +11,12 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
 
+from serving.cli import Protocol
 from serving.errors import UsageError
 from serving.interface import Policy
 from serving.manifest import PolicyManifest
@@ -247,6 +248,9 @@ def evaluate(
         bool,
         typer.Option("--action-mask", help="Allow only what the environment's info allows."),
     ] = False,
+    protocol: Annotated[
+        Protocol, typer.Option(help="How to speak to a served policy; see `policyserve play`.")
+    ] = Protocol.http,
     trust_checkpoint: Annotated[
         bool,
         typer.Option("--trust-checkpoint", help="See `policyserve export --help`."),
@@ -258,11 +262,14 @@ def evaluate(
     """Play whole episodes with a policy in any of its forms and report the returns."""
     from serving.client import PolicyClient
     from serving.rollout import evaluate_policy, make_env, parse_env_config
+    from serving.stream_client import StreamClient
 
     environment = make_env(env, **parse_env_config(env_config))
     player: Policy | None = None
     try:
-        player = resolve_policy(policy, env, environment, seed=seed, trust=trust_checkpoint)
+        player = resolve_policy(
+            policy, env, environment, seed=seed, trust=trust_checkpoint, protocol=protocol.value
+        )
         result = evaluate_policy(
             player,
             environment,
@@ -273,7 +280,7 @@ def evaluate(
         )
     finally:
         environment.close()
-        if isinstance(player, PolicyClient):
+        if isinstance(player, PolicyClient | StreamClient):
             player.close()
     summary = result.summary()
     if as_json:
@@ -288,7 +295,15 @@ def evaluate(
     )
 
 
-def resolve_policy(policy: str, env_id: str, env: Any, *, seed: int, trust: bool) -> Policy:
+def resolve_policy(
+    policy: str,
+    env_id: str,
+    env: Any,
+    *,
+    seed: int,
+    trust: bool,
+    protocol: Literal["http", "ws"] = "http",
+) -> Policy:
     """A policy from whatever the user named it by, made for the environment's spaces.
 
     Raises:
@@ -301,10 +316,14 @@ def resolve_policy(policy: str, env_id: str, env: Any, *, seed: int, trust: bool
 
         return RandomPolicy(env.action_space, seed)
     if policy.startswith(("http://", "https://")):
-        from serving.client import PolicyClient
+        from serving.remote import open_policy
 
-        client = PolicyClient(policy)
-        check_spaces(env_id, env, client.describe())
+        client = open_policy(policy, protocol)
+        try:
+            check_spaces(env_id, env, client.describe())
+        except BaseException:
+            client.close()
+            raise
         return client
     path = Path(policy)
     if not path.is_dir():

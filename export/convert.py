@@ -37,8 +37,7 @@ from serving.bundle import (
     write_manifest,
 )
 from serving.engines.onnx_engine import OnnxGraph
-from serving.engines.pt2_engine import Pt2Graph
-from serving.engines.torchscript_engine import TorchScriptGraph
+from serving.engines.torch_engine import load_pt2, load_torchscript
 from serving.errors import BundleError, UsageError
 from serving.golden import write_golden
 from serving.manifest import PolicyManifest
@@ -226,12 +225,12 @@ def write_bundle(checkpoint: Checkpoint, target: Path, options: ExportOptions) -
         "torchscript": (
             TORCHSCRIPT,
             lambda path: write_torchscript(graph, path),
-            lambda path: TorchScriptGraph(path, names, graph.output_names),
+            lambda path: load_torchscript(path, names, graph.output_names),
         ),
         "pt2": (
             PT2,
             lambda path: write_pt2(program, path),
-            lambda path: Pt2Graph(path, names, graph.output_names),
+            lambda path: load_pt2(path, names, graph.output_names),
         ),
     }
     with replacing_bundle(target) as scratch:

@@ -17,9 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.cli import Kind, limit_note, run_loadtest
 from loadtests.commands import installed, run, stop
 from loadtests.errors import LoadTestError, LoadTestUsageError
+from loadtests.plan import Kind, LoadPlan
+from loadtests.session import run_loadtest
+from loadtests.verdicts import limit_note
 
 _console = Console(highlight=False, soft_wrap=True)
 _ENV = "CartPole-v1"
@@ -59,9 +61,8 @@ def demo(
             _policyserve([*play, "--seed", str(seed)], capture=True).splitlines()[-1]
         )
         _step(f"load test, {_LOAD_S:.0f} s")
-        load = run_loadtest(
-            policy_url, output / "loadtest", users=_LOAD_USERS, duration_s=_LOAD_S, kind=Kind.both
-        )
+        plan = LoadPlan(policy_url, users=_LOAD_USERS, duration_s=_LOAD_S, kind=Kind.both)
+        load = run_loadtest([plan], output / "loadtest")
     result = json.loads((run_dir / "result.json").read_text())
     manifest = json.loads((bundle / "manifest.json").read_text())
     _console.print(_table(result, manifest, played, load, time.perf_counter() - started))

@@ -1,4 +1,4 @@
-"""Locust users of a served policy: plain action queries, and real environment loops.
+"""Locust users of a served policy: queries, environment loops, vectorised ones, and the stream.
 
 `policyserve loadtest URL -o DIR` runs this headless. With Locust's own web page:
 
@@ -7,32 +7,31 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import time
 from argparse import ArgumentParser
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
-from urllib.parse import urlsplit
+from typing import Any, TypeAlias, cast
 
 import gevent
-import gymnasium as gym
-import numpy as np
 import orjson
-import psutil
-from locust import FastHttpUser, constant_throughput, events, task
+from locust import FastHttpUser, events, task
 from locust.env import Environment
-from locust.exception import StopUser
+from locust.exception import CatchResponseError, StopUser
 
+from loadtests.env_loop import EnvLoop
+from loadtests.plan import Protocol
+from loadtests.questions import Questions, make_questions
+from loadtests.recording import REJECTED, Recorder
 from serving.client import PolicyClient
+from serving.errors import PolicyServingError
 from serving.rollout import make_env, policy_environment
-from serving.schemas import example_observation
+from serving.stream_client import StreamClient
 
-# A driver above this share of one core waits for itself, not for the server; likewise a machine
-# above this share of all its cores.
-LIMIT_PERCENT = 90.0
-_JSON = {"content-type": "application/json"}
-_N_OBSERVATIONS = 256
+_PROBE_S = 0.01
+# Far apart: an environment loop counts its episodes on from its own first seed.
+_SEEDS_PER_USER = 1_000_000
+_Judge: TypeAlias = Callable[[Mapping[str, Any]], str | None]
 
 
 @events.init_command_line_parser.add_listener
@@ -40,34 +39,30 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add what this file needs to Locust's own options."""
     group = parser.add_argument_group("policyserve")
     group.add_argument("--policy-url", help="http://HOST:PORT/v1/policies/NAME", default="")
+    group.add_argument(
+        "--protocol", choices=[each.value for each in Protocol], default="http", help="How to ask"
+    )
     group.add_argument("--env-id", help="Environment of the env loops [the policy's own]")
-    group.add_argument("--rate", type=float, help="Requests/s of all users together [unlimited]")
+    group.add_argument("--num-envs", type=int, default=8, help="Of a vectorised env loop")
     group.add_argument("--seed", type=int, default=0, help="Of observations and environments")
+    group.add_argument("--timeout-s", type=float, default=10.0, help="Of each request")
     group.add_argument("--duration-s", type=float, help="Stop after this many seconds")
-    group.add_argument("--summary", help="Write summary.json here")
+    group.add_argument("--recording", help="Write every latency here (.npz)")
 
 
 class Run:
     """What one load test knows and collects, beside Locust's own statistics."""
 
     def __init__(self) -> None:
+        self.options: Any = None
         self.policy: dict[str, Any] = {}
+        self.client: PolicyClient | None = None
+        self.questions: Questions | None = None
         self.compute_path = ""
-        self.env_id: str | None = None
-        self.env_kwargs: dict[str, Any] = {}
-        self.observations: list[bytes] = []
-        self.action_space: dict[str, Any] = {}
-        self.latencies_ms: list[float] = []
-        self.returns: list[float] = []
-        self.n_errors = 0
-        self.errors: dict[str, int] = {}
+        self.recorder = Recorder()
         self.n_users = 0
-        self.started = 0.0
-        self.duration_s = 0.0
-        self.driver = psutil.Process()
-        self.driver_cpu_percent = 0.0
-        self.machine_cpu_percent = 0.0
-        self.period_s: float | None = None
+        self.started = self.ended = self.cpu = 0.0
+        self.is_running = False
 
 
 RUN = Run()
@@ -79,165 +74,196 @@ def prepare(environment: Environment, **_: Any) -> None:
     options = environment.parsed_options
     if options is None or not options.policy_url:
         raise SystemExit("--policy-url is needed: http://HOST:PORT/v1/policies/NAME")
-    with PolicyClient(options.policy_url) as client:
-        RUN.policy = client.describe()
-    parts = urlsplit(options.policy_url)
-    environment.host = f"{parts.scheme}://{parts.netloc}"
-    RUN.compute_path = f"{parts.path.rstrip('/')}/compute_action"
-    RUN.env_id, RUN.env_kwargs = policy_environment(RUN.policy, options.env_id)
-    RUN.action_space = RUN.policy["action_space"]
-    space = RUN.policy["observation_space"]
-    rng = np.random.default_rng(options.seed)
-    RUN.observations = [
-        _body({"observation": example_observation(space, rng)}) for _ in range(_N_OBSERVATIONS)
-    ]
-    if options.rate:
-        RUN.period_s = options.num_users / options.rate
+    RUN.options = options
+    RUN.client = PolicyClient(
+        options.policy_url,
+        encoding=Protocol(options.protocol).encoding,
+        timeout_s=options.timeout_s,
+    )
+    _PolicyUser.connection_timeout = _PolicyUser.network_timeout = options.timeout_s
+    RUN.policy = RUN.client.describe()
+    RUN.questions = make_questions(RUN.client, seed=options.seed)
+    origin, slash, path = RUN.client.policy_url.partition("/v1/policies/")
+    environment.host = origin
+    RUN.compute_path = f"{slash}{path}/compute_action"
 
 
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
-    """Start the clock and the driver's own CPU count."""
-    options = environment.parsed_options
-    if options is not None and options.duration_s and environment.runner is not None:
+    """Start the clock."""
+    if RUN.options.duration_s and environment.runner is not None:
         # Locust's own --run-time knows whole seconds only.
-        gevent.spawn_later(options.duration_s, environment.runner.quit)
+        gevent.spawn_later(RUN.options.duration_s, environment.runner.quit)
+    RUN.recorder = Recorder()
     RUN.started = time.perf_counter()
-    RUN.driver.cpu_percent()
-    psutil.cpu_percent()
+    RUN.cpu = time.process_time()
+    RUN.is_running = True
+    gevent.spawn(_probe)
+
+
+def _probe() -> None:
+    """Measure how late this process comes to what is due, apart from any request."""
+    while RUN.is_running:
+        due = time.perf_counter() + _PROBE_S
+        gevent.sleep(_PROBE_S)
+        RUN.recorder.lateness.append(max(0.0, time.perf_counter() - due))
 
 
 @events.request.add_listener
 def count(
-    response_time: float | None = None, exception: BaseException | None = None, **_: Any
+    name: str = "",
+    response_time: float | None = None,
+    exception: BaseException | None = None,
+    context: dict[str, Any] | None = None,
+    **_: Any,
 ) -> None:
     """Keep exact latencies: Locust rounds its own to whole milliseconds."""
-    if exception is not None:
-        RUN.n_errors += 1
-        name = f"{type(exception).__name__}: {exception}"[:200]
-        RUN.errors[name] = RUN.errors.get(name, 0) + 1
-    elif response_time is not None:
-        RUN.latencies_ms.append(response_time)
+    if not RUN.is_running:
+        return
+    latency = (response_time or 0.0) / 1e3
+    due = time.perf_counter() - latency
+    group = RUN.recorder.group(name)
+    if exception is None:
+        n_observations = (context or {}).get("n_observations", 1)
+        RUN.recorder.ok(due, latency, group=group, n_observations=n_observations)
+        return
+    problem = str(exception)
+    if not isinstance(exception, CatchResponseError):
+        problem = f"{type(exception).__name__}: {problem}"
+    RUN.recorder.failed(due, latency, problem, group=group)
+
+
+@events.test_stopping.add_listener
+def end(**_: Any) -> None:
+    """Stop the clock: Locust breaks off what is on its way, which says nothing of the server."""
+    RUN.is_running = False
+    RUN.ended = time.perf_counter()
+    RUN.cpu = time.process_time() - RUN.cpu
 
 
 @events.test_stop.add_listener
-def finish(environment: Environment, **_: Any) -> None:
-    """Write the summary."""
-    RUN.duration_s = time.perf_counter() - RUN.started
-    RUN.driver_cpu_percent = RUN.driver.cpu_percent()
-    RUN.machine_cpu_percent = psutil.cpu_percent()
-    options = environment.parsed_options
-    if options is not None and options.summary:
-        path = Path(options.summary)
-        path.write_text(json.dumps(summary(options.num_users), indent=2) + "\n")
+def finish(**_: Any) -> None:
+    """Write what was recorded."""
+    if RUN.options.recording:
+        RUN.recorder.save(
+            Path(RUN.options.recording),
+            started=RUN.started,
+            ended=RUN.ended,
+            cpu_percent=100.0 * RUN.cpu / (RUN.ended - RUN.started),
+            n_connections=RUN.n_users,
+            n_retries=0,
+        )
 
 
-def summary(n_users: int) -> dict[str, Any]:
-    """The figures of the run; durations in milliseconds, rates per second."""
-    latencies = np.array(RUN.latencies_ms or [np.nan])
-    p50, p95, p99, p999 = np.percentile(latencies, [50, 95, 99, 99.9])
-    n_requests = len(RUN.latencies_ms) + RUN.n_errors
-    known = bool(RUN.latencies_ms)
-    figures: dict[str, Any] = {
-        "requests_per_s": len(RUN.latencies_ms) / RUN.duration_s if RUN.duration_s else 0.0,
-        "p50_ms": float(p50) if known else None,
-        "p95_ms": float(p95) if known else None,
-        "p99_ms": float(p99) if known else None,
-        "p999_ms": float(p999) if known else None,
-        "n_requests": n_requests,
-        "n_errors": RUN.n_errors,
-        "errors": RUN.errors,
-        "duration_s": RUN.duration_s,
-        "users": n_users,
-        "loop": "closed" if RUN.period_s is None else "closed, paced",
-        "driver_cpu_percent": RUN.driver_cpu_percent,
-        "driver_was_limit": RUN.driver_cpu_percent > LIMIT_PERCENT,
-        "machine_cpu_percent": RUN.machine_cpu_percent,
-        "machine_was_limit": RUN.machine_cpu_percent > LIMIT_PERCENT,
-        "n_episodes": len(RUN.returns),
-        "policy": {key: RUN.policy.get(key) for key in ("policy", "version", "policy_id")},
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": psutil.cpu_count(),
-            "python": platform.python_version(),
-        },
-    }
-    if RUN.returns:
-        figures["mean_return"] = float(np.mean(RUN.returns))
-        figures["std_return"] = float(np.std(RUN.returns))
-    return figures
-
-
-def _body(request: dict[str, Any]) -> bytes:
-    return orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _sendable(observation: Any) -> Any:
-    """As the encoder takes it: it knows arrays with axes, and no others."""
-    if isinstance(observation, dict):
-        return {key: _sendable(each) for key, each in observation.items()}
-    if isinstance(observation, tuple):
-        return [_sendable(each) for each in observation]
-    array = np.asarray(observation)
-    return np.ascontiguousarray(array) if array.ndim else array.item()
+@events.quitting.add_listener
+def close(**_: Any) -> None:
+    """Leave the server."""
+    if RUN.client is not None:
+        RUN.client.close()
 
 
 class _PolicyUser(FastHttpUser):
+    """Asks over HTTP, or over a stream of its own where `--protocol ws` says so."""
+
     abstract = True
-    connection_timeout = 10.0
-    network_timeout = 10.0
 
-    def wait_time(self) -> float:
-        """No pause, or what keeps the asked rate."""
-        if RUN.period_s is None:
-            return 0.0
-        return float(constant_throughput(1.0 / RUN.period_s)(self))
+    def on_start(self) -> None:
+        """Count the users."""
+        self.number = RUN.n_users
+        RUN.n_users += 1
+        self._stream: StreamClient | None = None
+        if self.protocol is Protocol.ws:
+            self._stream = StreamClient(
+                RUN.options.policy_url, timeout_s=RUN.options.timeout_s, max_retries=0
+            )
+            self._stream.dialect()
 
-    def ask(self, body: bytes, name: str) -> Any:
-        """One answer; None after an error, which Locust has counted."""
+    def on_stop(self) -> None:
+        """Close the stream."""
+        if self._stream is not None:
+            self._stream.close()
+
+    @property
+    def protocol(self) -> Protocol:
+        """How this user asks."""
+        return Protocol(RUN.options.protocol)
+
+    def ask(self, body: bytes, name: str, judge: _Judge, *, n: int = 1) -> bool:
+        """Whether a right answer came; Locust counts it either way.
+
+        Args:
+            body: The request.
+            name: What Locust calls it.
+            judge: Says what is wrong with an answer.
+            n: Observations in the request.
+        """
+        context = {"n_observations": n}
+        if self._stream is not None:
+            return self._ask_stream(self._stream, body, name, judge, context)
+        assert RUN.client is not None
+        dialect = RUN.client.dialect()
         with self.client.post(
-            RUN.compute_path, data=cast(Any, body), headers=_JSON, name=name, catch_response=True
+            RUN.compute_path,
+            data=cast(Any, body),
+            headers={"content-type": dialect.content_type},
+            name=name,
+            catch_response=True,
+            context=context,
         ) as response:
-            if response.status_code != 200:
-                response.failure(f"HTTP {response.status_code}: {_detail(response.content)}")
-                return None
-            answer = orjson.loads(response.content)
-            problem = _wrong(answer)
-            if problem:
+            content = response.content or b""
+            if response.status_code == 503:
+                problem: str | None = REJECTED
+            elif response.status_code != 200:
+                problem = str(response.error or f"HTTP {response.status_code}: {_code(content)}")
+            else:
+                problem = _problem(dialect.read(content), judge)
+            if problem is not None:
                 response.failure(problem)
-                return None
-            return answer
+        return problem is None
+
+    def _ask_stream(
+        self,
+        stream: StreamClient,
+        body: bytes,
+        name: str,
+        judge: _Judge,
+        context: dict[str, Any],
+    ) -> bool:
+        started = time.perf_counter()
+        try:
+            answer: Any = stream.exchange(body)
+        except PolicyServingError as exc:
+            answer = exc
+        elapsed = time.perf_counter() - started
+        if isinstance(answer, PolicyServingError):
+            is_rejected = answer.http_status == 503
+            problem = REJECTED if is_rejected else f"{answer.code}: {answer.message}"
+        else:
+            problem = _problem(answer, judge) or ""
+        self.environment.events.request.fire(
+            request_type="WS",
+            name=name,
+            response_time=elapsed * 1e3,
+            response_length=0,
+            exception=CatchResponseError(problem) if problem else None,
+            context=context,
+        )
+        return not problem
 
 
-def _detail(content: bytes | None) -> str:
-    try:
-        return str(orjson.loads(content or b"")["code"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return repr((content or b"")[:80])
-
-
-def _wrong(answer: Any) -> str | None:
-    """What is wrong with an answer's content: a fast wrong answer is an error too."""
+def _problem(answer: Any, judge: _Judge) -> str | None:
+    if not isinstance(answer, Mapping):
+        return "the answer cannot be read"
     if answer.get("policy_id") != RUN.policy["policy_id"]:
         return f"answered by the policy {answer.get('policy_id')}"
-    action = answer.get("action")
-    if action is None:
-        return "there is no action in the answer"
-    if RUN.action_space["type"] == "Discrete":
-        first = RUN.action_space["start"]
-        end = first + RUN.action_space["n"]
-        if not (isinstance(action, int) and first <= action < end):
-            return f"the action {action!r} is outside {first}..{end - 1}"
-    return None
+    return judge(answer)
 
 
-def _action(value: Any, space: gym.Space[Any]) -> Any:
-    """An action as the environment takes it."""
-    if isinstance(space, gym.spaces.Dict):
-        return {key: _action(value[key], child) for key, child in space.items()}
-    if isinstance(space, gym.spaces.Tuple):
-        return tuple(_action(each, child) for each, child in zip(value, space, strict=True))
-    return np.asarray(value, dtype=space.dtype)[()]
+def _code(content: bytes) -> str:
+    try:
+        return str(orjson.loads(content)["code"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return repr(content[:80])
 
 
 class ActionUser(_PolicyUser):
@@ -245,50 +271,77 @@ class ActionUser(_PolicyUser):
 
     def on_start(self) -> None:
         """Begin somewhere in the list."""
-        self._next = id(self) % len(RUN.observations)
+        super().on_start()
+        self._next = self.number * 7
 
     @task
     def query(self) -> None:
         """One query."""
-        self._next = (self._next + 1) % len(RUN.observations)
-        self.ask(RUN.observations[self._next], "action query")
+        questions = RUN.questions
+        assert questions is not None
+        self._next = number = (self._next + 1) % len(questions)
+        self.ask(
+            questions.bodies[number],
+            "action query",
+            lambda answer: questions.problem_of(number, answer),
+        )
 
 
 class EnvLoopUser(_PolicyUser):
     """Steps a real environment with served actions, and reports the episodes' returns."""
 
+    step_name = "env step"
+    is_batch = False
+
+    def n_envs(self) -> int:
+        """Environments of this user."""
+        return 1
+
     def on_start(self) -> None:
-        """Make the environment."""
-        if RUN.env_id is None:
+        """Make the environments."""
+        super().on_start()
+        env_id, kwargs = policy_environment(RUN.policy, RUN.options.env_id)
+        if env_id is None:
             raise StopUser("the policy names no environment; give --env-id")
-        self._env = make_env(RUN.env_id, **RUN.env_kwargs)
-        self._reset()
+        assert RUN.client is not None
+        self._loop = EnvLoop(
+            [make_env(env_id, **kwargs) for _ in range(self.n_envs())],
+            RUN.client.dialect() if self._stream is None else self._stream.dialect(),
+            RUN.recorder,
+            first_seed=RUN.options.seed + self.number * _SEEDS_PER_USER,
+            is_batch=self.is_batch,
+        )
 
     def on_stop(self) -> None:
-        """Close it."""
-        self._env.close()
-
-    def _reset(self) -> None:
-        RUN.n_users += 1
-        self._observation, _ = self._env.reset(seed=RUN.n_users)
-        self._return = 0.0
-        # What the answer and the step before leave to the next request.
-        self._memory: dict[str, Any] = {}
+        """Close them."""
+        super().on_stop()
+        self._loop.close()
 
     @task
     def step(self) -> None:
         """One step; a new episode after the last."""
-        body = _body({"observation": _sendable(self._observation), **self._memory})
-        answer = self.ask(body, "env step")
-        if answer is None:
-            return
-        action = _action(answer["action"], self._env.action_space)
-        self._observation, reward, terminated, truncated, _ = self._env.step(action)
-        self._return += float(reward)
-        if "state" in answer:
-            self._memory["state"] = answer["state"]
-        if RUN.policy["takes"]["reward"]:
-            self._memory["reward"] = float(reward)
-        if terminated or truncated:
-            RUN.returns.append(self._return)
-            self._reset()
+        loop = self._loop
+        if self.ask(loop.request(), self.step_name, loop.take, n=loop.n_envs):
+            loop.step()
+
+
+class VectorEnvLoopUser(EnvLoopUser):
+    """Steps `--num-envs` environments with one request for all of them."""
+
+    step_name = "vector env step"
+    is_batch = True
+
+    def n_envs(self) -> int:
+        """See `EnvLoopUser`."""
+        return int(RUN.options.num_envs)
+
+
+class StreamUser(EnvLoopUser):
+    """Steps a real environment over a WebSocket, whatever `--protocol` says."""
+
+    step_name = "stream step"
+
+    @property
+    def protocol(self) -> Protocol:
+        """See `_PolicyUser`."""
+        return Protocol.ws

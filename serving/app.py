@@ -15,9 +15,12 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from serving.compute_action import PREFIX, SUFFIX, ComputeActionHandler
 from serving.dialects.native_schema import answer_schema, request_schema
+from serving.dialects.open_inference.handler import OpenInferenceHandler
+from serving.dialects.open_inference.openapi import add_paths
+from serving.dialects.open_inference.route import OpenInferenceRoute
 from serving.errors import MethodNotAllowedError, NotFoundError, PolicyServingError
-from serving.fast_lane import PREFIX, SUFFIX, ComputeActionHandler
 from serving.metrics import CONTENT_TYPE
 from serving.schemas import (
     Health,
@@ -33,17 +36,24 @@ from serving.service import (
     problem_answer,
     unexpected_answer,
 )
+from serving.stream import StreamRegistry, StreamSettings
+from serving.stream_endpoint import stream_routes
 
 logger = logging.getLogger("policyserve")
 
 _PROBLEM_CONTENT = {
     "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
 }
+_BINARY = {
+    "type": "string",
+    "format": "binary",
+    "description": "The same members as msgpack, arrays as raw bytes; see docs/protocols.md.",
+}
 _COMPUTE_PROBLEMS = {
-    400: "The body is not JSON.",
+    400: "The body is not what its content type says.",
     404: "No such policy, or version of it.",
     413: "The body or the batch is too large.",
-    415: "Not JSON, or compressed.",
+    415: "Neither JSON nor msgpack, or compressed.",
     422: "An observation outside the space, or a request outside the schema.",
     500: "The engine failed.",
     503: "The queue is full or the server not ready; see Retry-After.",
@@ -52,7 +62,11 @@ _COMPUTE_PROBLEMS = {
 
 
 def build_app(
-    services: PolicyServices, handler: ComputeActionHandler, *, version: str = "0"
+    services: PolicyServices,
+    handler: ComputeActionHandler,
+    *,
+    version: str = "0",
+    streams: StreamRegistry | None = None,
 ) -> FastAPI:
     """The application of a process that serves `services`.
 
@@ -60,6 +74,7 @@ def build_app(
         services: What is served.
         handler: The one `compute_action` handler of the process.
         version: The product's version, for the API description.
+        streams: Those of the process, to be drained with it; None: of this application alone.
     """
     # The interactive docs come from the installed package: a server may have no internet.
     app = FastAPIOffline(title="policyserve", version=version, redoc_url=None)
@@ -67,6 +82,13 @@ def build_app(
     _add_probes(app, services)
     _add_policies(app, services)
     app.router.routes.append(Route(f"{PREFIX}{{policy}}{SUFFIX}", endpoint=handler))
+    open_inference = OpenInferenceHandler(
+        services, max_body_bytes=handler.max_body_bytes, version=version
+    )
+    app.router.routes.append(OpenInferenceRoute(open_inference))
+    if streams is None:
+        streams = StreamRegistry(services, StreamSettings(handler.max_body_bytes))
+    app.router.routes.extend(stream_routes(streams))
     app.openapi = lambda: _openapi(app, services)  # type: ignore[method-assign]
     return app
 
@@ -158,6 +180,7 @@ def _openapi(app: FastAPI, services: PolicyServices) -> dict[str, Any]:
         schemas["Problem"] = Problem.model_json_schema()
         for service in services:
             schema["paths"][f"{PREFIX}{service.name}{SUFFIX}"] = {"post": _operation(service)}
+        add_paths(schema, services)
         app.openapi_schema = schema
     return app.openapi_schema
 
@@ -174,12 +197,18 @@ def _operation(service: PolicyService) -> dict[str, Any]:
         "summary": f"One action or many from {service.name}: {described['summary']}",
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": body, "example": {"observation": example}}},
+            "content": {
+                "application/json": {"schema": body, "example": {"observation": example}},
+                "application/msgpack": {"schema": _BINARY},
+            },
         },
         "responses": {
             "200": {
                 "description": "`action` for `observation`, `actions` for `observations`.",
-                "content": {"application/json": {"schema": answer_schema(manifest)}},
+                "content": {
+                    "application/json": {"schema": answer_schema(manifest)},
+                    "application/msgpack": {"schema": _BINARY},
+                },
             },
             **{
                 str(status): {"description": text, "content": _PROBLEM_CONTENT}

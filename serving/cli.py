@@ -29,6 +29,7 @@ class Engine(str, enum.Enum):
     onnx = "onnx"
     torchscript = "torchscript"
     pt2 = "pt2"
+    auto = "auto"
 
 
 class Device(str, enum.Enum):
@@ -39,10 +40,18 @@ class Device(str, enum.Enum):
     auto = "auto"
 
 
+class Ingress(str, enum.Enum):
+    """Who listens on the public port."""
+
+    direct = "direct"
+    haproxy = "haproxy"
+
+
 class Protocol(str, enum.Enum):
     """How a client speaks to the server."""
 
     http = "http"
+    ws = "ws"
 
 
 def inspect(
@@ -76,14 +85,13 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Replay what RLlib answered at export on this machine; exit 1 on any mismatch."""
-    from serving.config import ServingConfig
+    from serving.engines.choice import choose
     from serving.engines.graph import load_graph
-    from serving.server import choose_device
     from serving.verification import verify_graph
 
     found = read_bundle(bundle)
-    chosen = choose_device(ServingConfig(engine=engine.value, device=device.value))
-    report = verify_graph(found, load_graph(found, engine.value, chosen))
+    choice = choose([found], engine.value, device.value)
+    report = verify_graph(found, load_graph(found, choice.engine, choice.device))
     if as_json:
         print(json.dumps(dataclasses.asdict(report)))
         return
@@ -112,13 +120,35 @@ def serve(
         str | None, typer.Option(help="Address to listen on [127.0.0.1]; 0.0.0.0: every network.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Public port [8000]; 0: a free one.")] = None,
+    ingress: Annotated[
+        Ingress | None,
+        typer.Option(
+            help="Who listens on the public port: the replicas, or an HAProxy before them "
+            "[direct; haproxy on a cluster]."
+        ),
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Port of gRPC [the one after --port]; 0: a free one.")
+    ] = None,
+    grpc: Annotated[
+        bool | None, typer.Option("--grpc/--no-grpc", help="Serve gRPC too [yes].")
+    ] = None,
     replicas: Annotated[int | None, typer.Option(help="Processes that serve [1].")] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(help="Start more processes under load, up to this many [none more]."),
+    ] = None,
     device: Annotated[
-        Device | None, typer.Option(help="Where inference runs [cpu]; auto: CUDA if it is there.")
+        Device | None,
+        typer.Option(help="Where inference runs [cpu]; auto: what is timed as the fastest."),
     ] = None,
     engine: Annotated[
         Engine | None,
         typer.Option(help="Runtime [onnx]. TorchScript and pt2 are programs: trust them first."),
+    ] = None,
+    trust_programs: Annotated[
+        bool | None,
+        typer.Option("--trust-programs", help="Let --engine auto take TorchScript or pt2 too."),
     ] = None,
     max_batch_size: Annotated[
         int | None, typer.Option(help="Most observations in a batch [256].")
@@ -140,15 +170,21 @@ def serve(
     vectors before anything starts, and again in every replica.
     """
     from serving.config import build_config
+    from serving.hot_protocol import fits
     from serving.repository import find_policies
     from serving.server import StopSignals, running_server
 
     flags = {
         "host": host,
         "port": port,
+        "ingress": ingress and ingress.value,
+        "grpc": grpc,
+        "grpc_port": grpc_port,
         "replicas": replicas,
+        "max_replicas": max_replicas,
         "device": device and device.value,
         "engine": engine and engine.value,
+        "trust_programs": trust_programs,
         "max_batch_size": max_batch_size,
         "max_queue_size": max_queue_size,
         "ray_address": ray_address,
@@ -159,7 +195,13 @@ def serve(
     try:
         with running_server(policies, settings) as server:
             for policy in policies:
-                _announce(server.url, policy.name, read_bundle(policy.path), server.device)
+                _announce(server.url, policy.name, read_bundle(policy.path))
+            _console.print(f"engine: {server.choice.reason}")
+            reason = fits()
+            if reason is not None:
+                _console.print(f"no fast lane: {reason}; every request goes the ordinary way")
+            if server.grpc is not None:
+                print(f"grpc {server.grpc}")
             print(f"ready {server.url}", flush=True)
             signals.wait()
             print("stopping", flush=True)
@@ -167,14 +209,14 @@ def serve(
         sys.exit(128 + (signals.number or signal.SIGINT))
 
 
-def _announce(url: str, name: str, bundle: Bundle, device: str) -> None:
+def _announce(url: str, name: str, bundle: Bundle) -> None:
     from serving.schemas import example_observation
 
     manifest = bundle.manifest
     observation = example_observation(manifest.observation_space.to_json())
     _console.print(
         f"{name}: {describe_space(manifest.observation_space)} -> "
-        f"{describe_space(manifest.action_space)}, {manifest.policy_id}, on {device}"
+        f"{describe_space(manifest.action_space)}, {manifest.policy_id}"
     )
     _console.print(
         f"  curl -s {url}/v1/policies/{name}/compute_action -H 'content-type: application/json' "
@@ -244,7 +286,10 @@ def play(
     num_envs: Annotated[
         int, typer.Option(help="Environments stepped together, one request a step.", min=1)
     ] = 1,
-    protocol: Annotated[Protocol, typer.Option(help="How to speak to the server.")] = Protocol.http,  # noqa: ARG001
+    protocol: Annotated[
+        Protocol,
+        typer.Option(help="A request for each step, or one WebSocket for all: the fastest."),
+    ] = Protocol.http,
     seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
     stochastic: Annotated[
         bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
@@ -257,11 +302,11 @@ def play(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Step an environment here with the actions of a policy that is served elsewhere."""
-    from serving.client import PolicyClient
+    from serving.remote import open_policy
     from serving.rollout import check_spaces, evaluate_policy, make_env, parse_env_config
 
     kwargs = parse_env_config(env_config)
-    with PolicyClient(url, timeout_s=timeout_s) as client:
+    with open_policy(url, protocol.value, timeout_s=timeout_s) as client:
         first = make_env(env, **kwargs)
         try:
             check_spaces(env, first, client.describe())
@@ -279,6 +324,7 @@ def play(
     latencies_us = np.percentile(result.step_latencies_s, [50, 95, 99]) * 1e6
     figures: dict[str, Any] = {
         **result.summary(),
+        "protocol": protocol.value,
         "num_envs": num_envs,
         "env_steps": result.n_steps,
         "env_steps_per_s": result.n_steps / result.duration_s,
@@ -306,7 +352,7 @@ def _play_table(url: str, env: str, figures: dict[str, Any]) -> Table:
         f"{figures['mean_length']:.0f}",
     )
     table.add_row(
-        "step latency",
+        f"step latency ({figures['protocol']}, {figures['num_envs']} at a time)",
         f"p50 {figures['step_p50_us']:.0f} µs, p95 {figures['step_p95_us']:.0f} µs, p99 "
         f"{figures['step_p99_us']:.0f} µs",
     )

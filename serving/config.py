@@ -34,12 +34,30 @@ class ServingConfig(BaseModel):
     """The address to listen on; 0.0.0.0 opens the server to the network."""
     port: int = Field(default=8000, ge=0, le=65535)
     """The public port; 0 takes a free one."""
+    ingress: Literal["direct", "haproxy"] | None = None
+    """Who listens on the public port: the replicas themselves, or an HAProxy in front of them.
+    None: direct on this machine alone, HAProxy on a cluster."""
+    grpc: bool = True
+    """Whether the Open Inference Protocol is served over gRPC too."""
+    grpc_port: int | None = Field(default=None, ge=0, le=65535)
+    """gRPC's port, 0 takes a free one; None: the one after `port`, or a free one."""
+    keep_alive_s: float = Field(default=75.0, gt=0)
+    """How long a connection may be idle before it is closed."""
+    receive_timeout_s: float = Field(default=30.0, gt=0)
+    """How long a request may take to arrive; beyond it: 408."""
     replicas: int = Field(default=1, ge=1, le=1024)
     """Processes that serve, each with every policy."""
+    max_replicas: int | None = Field(default=None, ge=1, le=1024)
+    """Most processes; None: always `replicas`. With more, Serve starts and stops some by load."""
+    target_utilization: float = Field(default=0.7, gt=0, le=1)
+    """The share of a core that each replica should be busy, where their number follows the load."""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
-    """Where inference runs; auto takes CUDA where the engine and a GPU are there, else the CPU."""
-    engine: Literal["onnx", "torchscript", "pt2"] = "onnx"
-    """The runtime. TorchScript and pt2 files are programs: only for bundles you trust."""
+    """Where inference runs; auto times what is there at the start and takes the fastest."""
+    engine: Literal["onnx", "torchscript", "pt2", "auto"] = "onnx"
+    """The runtime; auto times what there is. TorchScript and pt2 files are programs: only for
+    bundles you trust."""
+    trust_programs: bool = False
+    """Whether `engine: auto` may choose TorchScript or pt2."""
     max_batch_size: int = Field(default=256, ge=1, le=65536)
     """Most observations in one batch."""
     max_queue_size: int = Field(default=4096, ge=1)

@@ -6,6 +6,7 @@ whole server.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,14 +14,25 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
-from serving import fast_lane
 from serving.app import build_app
+from serving.autoscaling import UTILIZATION, Load, UtilizationPolicy
+from serving.compute_action import ComputeActionHandler
 from serving.config import PolicySource, ServingConfig
+from serving.dialects.open_inference.grpc_dialect import GrpcDialect
+from serving.dialects.open_inference.grpc_service import (
+    GrpcInference,
+    GrpcServer,
+    start_grpc_server,
+)
 from serving.engines.graph import DeviceName
-from serving.fast_lane import ComputeActionHandler
+from serving.hot_protocol import HotRoutes, sweep
+from serving.public_server import PublicServer, install_in_serve
 from serving.service import load_services
+from serving.stream import StreamRegistry, StreamSettings
+from serving.stream_protocol import stream_opener
 
 APPLICATION = "policyserve"
 # Serve counts the ordinary path's requests against this; `compute_action` has its own bound
@@ -30,10 +42,14 @@ _MAX_ONGOING_REQUESTS = 1024
 _GRACEFUL_SHUTDOWN_TIMEOUT_S = 5.0
 
 
-class PolicyServer:
-    """A replica: all policies, one event loop."""
+class PolicyServer(GrpcInference):
+    """A replica: all policies, one event loop.
 
-    def __init__(
+    Serve calls the methods of `GrpcInference` for its gRPC ingress.
+    """
+
+    # Serve awaits it on the replica's event loop.
+    async def __init__(  # type: ignore[misc]
         self, sources: Sequence[dict[str, Any]], config: dict[str, Any], device: DeviceName
     ) -> None:
         """Load and verify every policy; a failure keeps the replica from ever becoming ready."""
@@ -41,18 +57,77 @@ class PolicyServer:
         self._services = load_services(
             [PolicySource(**source) for source in sources], settings, device
         )
-        self._handler = ComputeActionHandler(self._services, max_body_bytes=settings.max_body_bytes)
-        fast_lane.install(self._handler)
+        product_version = version("policyserve")
+        self.grpc_dialect = GrpcDialect(self._services, version=product_version)
+        handler = ComputeActionHandler(self._services, max_body_bytes=settings.max_body_bytes)
+        self._streams = StreamRegistry(self._services, StreamSettings(settings.max_body_bytes))
+        self._app = build_app(
+            self._services, handler, version=product_version, streams=self._streams
+        )
+        routes = HotRoutes(
+            self._services,
+            max_body_bytes=settings.max_body_bytes,
+            keep_alive_s=settings.keep_alive_s,
+            receive_timeout_s=settings.receive_timeout_s,
+            open_stream=stream_opener(self._streams),
+        )
+        self._load = Load()
+        self._sweeper = asyncio.create_task(sweep(routes))
+        self._public: PublicServer | None = None
+        self._grpc: GrpcServer | None = None
+        if settings.ingress != "direct":
+            install_in_serve(routes)
+            return
+        self._public = PublicServer(self._app, routes, settings.host, settings.port)
+        await self._public.start()
+        if settings.grpc:
+            self._grpc = await start_grpc_server(
+                self._services,
+                settings.host,
+                settings.grpc_port or 0,
+                max_message_bytes=settings.max_body_bytes,
+                reuse_port=True,
+                version=product_version,
+            )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Serve asks for after the constructor (`serve.ingress()` without an app)."""
-        return build_app(self._services, self._handler, version=version("policyserve"))
+        return self._app
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load signal; Serve asks for it where `max_replicas` is set."""
+        return {UTILIZATION: self._load.utilization()}
 
     async def __del__(self) -> None:
         """Answer what waits before the replica goes."""
-        services = getattr(self, "_services", None)
-        if services is not None:
-            await services.close()
+        if "_sweeper" not in self.__dict__:
+            return  # the constructor failed
+        await self._streams.drain()
+        if self._public is not None:
+            await self._public.stop()
+        if self._grpc is not None:
+            await self._grpc.stop()
+        self._sweeper.cancel()
+        await self._services.close()
+
+
+def _replicas(config: ServingConfig) -> dict[str, Any]:
+    if config.max_replicas is None:
+        return {"num_replicas": config.replicas}
+    policy = AutoscalingPolicy(
+        policy_function=UtilizationPolicy, policy_kwargs={"target": config.target_utilization}
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.replicas,
+            max_replicas=config.max_replicas,
+            metrics_interval_s=1.0,
+            look_back_period_s=5.0,
+            upscale_delay_s=5.0,
+            downscale_delay_s=60.0,
+            policy=policy,
+        )
+    }
 
 
 def build_serve_app(
@@ -74,7 +149,7 @@ def build_serve_app(
     deployment: Any = serve.deployment(
         serve.ingress()(PolicyServer),
         name="PolicyServer",
-        num_replicas=config.replicas,
+        **_replicas(config),
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         graceful_shutdown_timeout_s=_GRACEFUL_SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,

@@ -1,19 +1,18 @@
 """Where a served policy is, what its answers mean, and when to ask again.
 
-Knows no transport: both clients use it.
+Knows no transport: all clients use it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
-import orjson
-
-from serving.dialects.native_client import member
+from serving.dialects.native_client import member, read_json
 from serving.errors import (
+    ConnectionFailedError,
     DeadlineExceededError,
     PolicyServingError,
     UnexpectedAnswerError,
@@ -26,8 +25,31 @@ _POLICIES = "/v1/policies"
 _MAX_BACKOFF_S = 2.0
 
 
+class Request(NamedTuple):
+    """One HTTP request, and what reads its answer.
+
+    Attributes:
+        method: GET or POST.
+        path: With all prefixes.
+        body: None for GET.
+        content_type: Of the body.
+        read: What the bytes of a good answer hold, or None. Errors are JSON in every dialect.
+    """
+
+    method: str
+    path: str
+    body: bytes | None = None
+    content_type: str = "application/json"
+    read: Callable[[bytes], Any] = read_json
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Its own headers."""
+        return {} if self.body is None else {"content-type": self.content_type}
+
+
 class Endpoint:
-    """What both clients share: the address, reading answers, when to retry."""
+    """What the clients share: the address, reading answers, when to retry."""
 
     def __init__(self, url: str, policy: str | None, max_retries: int, backoff_s: float) -> None:
         expected = "expected http://HOST:PORT/v1/policies/NAME"
@@ -61,9 +83,26 @@ class Endpoint:
         return f"{self.prefix}{_POLICIES}/{quote(self.policy or '', safe='')}"
 
     @property
-    def list_path(self) -> str:
-        """The path of the list of policies."""
-        return f"{self.prefix}{_POLICIES}"
+    def stream_path(self) -> str:
+        """Of the WebSocket."""
+        return f"{self.policy_path}/stream"
+
+    def list_policies(self) -> Request:
+        """What asks which policies there are."""
+        return Request("GET", f"{self.prefix}{_POLICIES}")
+
+    def describe(self) -> Request:
+        """What asks for the policy's description."""
+        return Request("GET", self.policy_path)
+
+    def compute(
+        self,
+        body: bytes,
+        content_type: str = "application/json",
+        read: Callable[[bytes], Any] = read_json,
+    ) -> Request:
+        """What asks for actions."""
+        return Request("POST", f"{self.policy_path}/compute_action", body, content_type, read)
 
     def only_policy(self, listed: Mapping[str, Any]) -> str:
         """The name of the one policy that a server has."""
@@ -75,21 +114,48 @@ class Endpoint:
             )
         return str(names[0])
 
-    def read(self, status: int, body: bytes) -> dict[str, Any]:
-        """The answer's object, or the server's error raised."""
-        try:
-            content = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            content = None
+    def read(
+        self, request: Request, status: int, body: bytes, retry_after: str | None
+    ) -> dict[str, Any]:
+        """The answer's object, or the server's error raised.
+
+        Args:
+            request: What was asked.
+            status: Of HTTP.
+            body: The answer.
+            retry_after: That header of the answer.
+        """
         if status != 200:
-            if not isinstance(content, dict):
-                content = {"detail": _quoted(status, body)}
-            raise from_problem(content, status)
+            raise self.refusal(status, body, retry_after)
+        content = request.read(body)
         if not isinstance(content, dict):
             raise UnexpectedAnswerError(
                 f"{self.origin} is no policy server: {_quoted(status, body)}"
             )
         return content
+
+    def refusal(self, status: int, body: bytes, retry_after: str | None) -> PolicyServingError:
+        """The error that an answer other than 200 states.
+
+        Its `retry_after_s` is what the header said, if that was seconds.
+        """
+        content = read_json(body)
+        if not isinstance(content, dict):
+            content = {"detail": _quoted(status, body)}
+        error = from_problem(content, status)
+        if retry_after is not None and retry_after.isdigit():
+            error.details.setdefault("retry_after_s", int(retry_after))
+        return error
+
+    def timed_out(self, timeout_s: float) -> DeadlineExceededError:
+        """The error of an answer that did not come in time."""
+        return DeadlineExceededError(f"{self.origin} did not answer within {timeout_s:g} s")
+
+    def no_answer(self, reason: BaseException | str) -> ConnectionFailedError:
+        """The error of a connection that failed."""
+        return ConnectionFailedError(
+            f"no answer from {self.origin}: {str(reason) or type(reason).__name__}"
+        )
 
     def pause_s(self, attempt: int, error: PolicyServingError) -> float | None:
         """How long to wait before the next attempt; None: give up.
@@ -107,10 +173,3 @@ class Endpoint:
 
 def _quoted(status: int, body: bytes) -> str:
     return f"it answered {status} with {body[:200].decode('utf-8', 'replace')!r}"
-
-
-def with_retry_after(error: PolicyServingError, value: str | None) -> PolicyServingError:
-    """The error with what the server's `Retry-After` header said, if it was seconds."""
-    if value is not None and value.isdigit():
-        error.details.setdefault("retry_after_s", int(value))
-    return error

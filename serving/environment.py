@@ -24,18 +24,22 @@ _LOCK = "lock"
 METRICS_DIR = "metrics"
 
 # What a replica reads itself, and so has to have also on a cluster that others started.
-REPLICA_VARIABLES = ("OMP_NUM_THREADS", "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH")
+REPLICA_VARIABLES = ("OMP_NUM_THREADS",)
 
 
-def switches(n_cores: int) -> dict[str, str]:
+def switches(n_cores: int, ingress: str = "haproxy") -> dict[str, str]:
     """The settings that make Serve's data path fast, on any cluster.
 
     Args:
         n_cores: Cores of the machine; HAProxy gets a thread of its own for every four.
+        ingress: `haproxy` or `direct`.
     """
+    has_haproxy = ingress == "haproxy"
     return {
-        # Replicas read their own sockets, with HAProxy instead of a Python proxy before them.
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # Replicas read their own sockets, with HAProxy instead of a Python proxy before them; or
+        # they listen on the public port, and Serve starts no web server at all.
+        "RAY_SERVE_ENABLE_HA_PROXY": str(int(has_haproxy)),
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": str(int(has_haproxy)),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, n_cores // 4))),
         # Else a Python actor parses one log line for every request.
@@ -44,8 +48,6 @@ def switches(n_cores: int) -> dict[str, str]:
         "RAY_worker_niceness": "0",
         # One thread a replica: a small network loses more to waking threads than it wins.
         "OMP_NUM_THREADS": "1",
-        # The function that puts the fast lane around a replica's ASGI entry.
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.fast_lane:middlewares",
         # A replica that goes keeps answering until HAProxy has heard of it, which takes well under
         # a second; Ray's default is 30 s, for load balancers in front of a cluster.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -97,7 +99,7 @@ def ray_dir(runtime_dir: Path) -> Path:
     return runtime_dir / "r"
 
 
-def private_cluster(runtime_dir: Path, host: str) -> dict[str, str]:
+def private_cluster(runtime_dir: Path, host: str, ingress: str = "haproxy") -> dict[str, str]:
     """The settings of a cluster that belongs to one server alone.
 
     Everything that Ray puts at a fixed place of the machine goes into `runtime_dir`, so that two
@@ -106,10 +108,21 @@ def private_cluster(runtime_dir: Path, host: str) -> dict[str, str]:
     Args:
         runtime_dir: An empty directory.
         host: Where the server listens.
+        ingress: `haproxy` or `direct`.
     """
-    haproxy_dir = runtime_dir / "h"
-    haproxy_dir.mkdir()
     (runtime_dir / METRICS_DIR).mkdir()
+    values = {RUNTIME_DIR_VARIABLE: str(runtime_dir)}
+    if ingress == "haproxy":
+        values |= _haproxy_variables(runtime_dir / "h", host)
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Ray's token authentication, with a token of this server's own: without one Ray writes a
+        # token into the user's home, and without authentication any local user rules the cluster.
+        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return values
+
+
+def _haproxy_variables(haproxy_dir: Path, host: str) -> dict[str, str]:
+    haproxy_dir.mkdir()
     values = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy_dir / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy_dir / "admin.sock"),
@@ -118,16 +131,9 @@ def private_cluster(runtime_dir: Path, host: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy_dir / "metrics.sock"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("127.0.0.1")),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
-        RUNTIME_DIR_VARIABLE: str(runtime_dir),
     }
     launcher = _write_launcher(haproxy_dir, host)
-    if launcher is not None:
-        values |= launcher
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Ray's token authentication, with a token of this server's own: without one Ray writes a
-        # token into the user's home, and without authentication any local user rules the cluster.
-        values |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return values
+    return values if launcher is None else {**values, **launcher}
 
 
 def _write_launcher(directory: Path, host: str) -> dict[str, str] | None:

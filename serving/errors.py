@@ -224,6 +224,11 @@ class UsageError(PolicyServingError):
     exit_code = 2
 
 
+def unexpected_error() -> InferenceError:
+    """What a caller gets for a mistake of ours: no traceback; the log has it."""
+    return InferenceError("the server failed; its log has the reason")
+
+
 def _subclasses(base: type[PolicyServingError]) -> Iterator[type[PolicyServingError]]:
     yield base
     for child in base.__subclasses__():

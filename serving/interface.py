@@ -69,6 +69,25 @@ class PolicyOutput:
         """The actions one by one, each in the environment's form."""
         return (take(self.actions, index) for index in range(len(self)))
 
+    def rows(self) -> Iterator[PolicyOutput]:
+        """The answers of single rows, B = 1 each."""
+        for index in range(len(self)):
+            yield self.cut(slice(index, index + 1))
+
+    def cut(self, rows: slice) -> PolicyOutput:
+        """The answers of some rows; arrays are views."""
+        others = {name: values[rows] for name, values in self.outputs().items()}
+        return PolicyOutput(
+            actions=take(self.actions, rows),
+            state=None if self.state is None else take(dict(self.state), rows),
+            **others,
+        )
+
+    def outputs(self) -> dict[str, NDArray[np.float32]]:
+        """What was answered beside the actions and the state, by name."""
+        found = {name: getattr(self, name) for name in OUTPUT_NAMES}
+        return {name: values for name, values in found.items() if values is not None}
+
     def __getitem__(self, index: Any) -> Any:
         """One action in the environment's form; for a slice a smaller batch of actions."""
         return take(self.actions, index)

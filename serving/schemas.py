@@ -59,6 +59,14 @@ class GraphInput(BaseModel):
     shape: list[int] = Field(description="-1 is the batch.")
 
 
+class AnswerArray(BaseModel):
+    """One array of an answer, as it stands in msgpack."""
+
+    name: str
+    dtype: str
+    shape: list[int | None] = Field(description="Of one row; null: any width.")
+
+
 class StateDescription(BaseModel):
     """One array that a policy remembers."""
 
@@ -82,6 +90,7 @@ class PolicyDescription(BaseModel):
     outputs: list[str] = Field(description="What `outputs` may ask for.")
     takes: Takes
     inputs: list[GraphInput] = Field(description="The graph's inputs.")
+    answers: list[AnswerArray] = Field(description="What a binary answer may hold.")
     state: dict[str, StateDescription] = Field(
         description="What the policy remembers: send the last answer's `state` with the next "
         "observation of the same episode. Empty for a policy without memory."

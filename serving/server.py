@@ -22,11 +22,13 @@ from typing import Any
 
 import psutil
 
-from serving import environment
+from serving import environment, vacancy
 from serving.bundle import read_bundle
 from serving.config import PolicySource, ServingConfig
-from serving.engines.graph import DeviceName, engine_has_cuda, load_graph
+from serving.engines.choice import EngineChoice, choose
+from serving.engines.graph import load_graph
 from serving.errors import PolicyServingError, ServingConfigError
+from serving.public_server import shared_socket
 from serving.reaper import RUNTIME_DIR_VARIABLE, reaped
 from serving.verification import verify_graph
 
@@ -57,39 +59,33 @@ class RunningServer:
 
     Attributes:
         url: Where, without a trailing slash.
-        device: What `--device` came to.
+        choice: What `--engine` and `--device` came to.
+        grpc: HOST:PORT of gRPC, if it is served.
     """
 
     url: str
-    device: DeviceName
+    choice: EngineChoice
+    grpc: str | None = None
 
 
-def check_sources(
-    sources: Sequence[PolicySource], config: ServingConfig, device: DeviceName
-) -> None:
-    """Load and verify every bundle here, before anything starts.
+def choose_and_verify(sources: Sequence[PolicySource], config: ServingConfig) -> EngineChoice:
+    """Load and verify every bundle here, before anything starts, in what they will run in.
 
     Raises:
         BundleError: A bundle is damaged, or does not act as RLlib did on this machine.
+        ServingConfigError: CUDA was asked for and is not there.
     """
-    for source in sources:
-        bundle = read_bundle(source.path)
-        verify_graph(bundle, load_graph(bundle, config.engine, device))
-
-
-def choose_device(config: ServingConfig) -> DeviceName:
-    """What `--device` means on this machine.
-
-    Raises:
-        ServingConfigError: CUDA was asked for and the engine has none.
-    """
-    has_cuda = config.device != "cpu" and engine_has_cuda(config.engine)
-    if config.device == "cuda" and not has_cuda:
-        raise ServingConfigError(
-            f"--device cuda: the engine {config.engine!r} finds no CUDA device on this machine; "
-            "use --device cpu or --device auto"
-        )
-    return "cuda" if has_cuda else "cpu"
+    bundles = [read_bundle(source.path) for source in sources]
+    choice = choose(
+        bundles,
+        config.engine,
+        config.device,
+        max_batch_size=config.max_batch_size,
+        allow_programs=config.trust_programs,
+    )
+    for bundle in bundles:
+        verify_graph(bundle, load_graph(bundle, choice.engine, choice.device))
+    return choice
 
 
 @contextlib.contextmanager
@@ -103,22 +99,26 @@ def running_server(
         PortInUseError: The port is taken.
         ServerFailedError: The server did not become ready.
     """
-    device = choose_device(config)
-    check_sources(sources, config, device)
+    choice = choose_and_verify(sources, config)
+    # Replicas don't choose again: all have to compute in the same engine.
+    config = config.model_copy(update={"engine": choice.engine, "device": choice.device})
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
-        with _joined_cluster(address, sources, config, device) as server:
+        config = config.model_copy(update={"ingress": config.ingress or "haproxy"})
+        with _joined_cluster(address, sources, config, choice) as server:
             yield server
         return
+    ingress = config.ingress or "direct"
     port = _free_public_port(config)
-    config = config.model_copy(update={"port": port})
+    config = config.model_copy(update={"port": port, "ingress": ingress})
+    config = config.model_copy(update={"grpc_port": _free_grpc_port(config)})
     runtime_dir = environment.new_runtime_dir()
-    environment.apply(environment.switches(os.cpu_count() or 1))
-    os.environ.update(environment.private_cluster(runtime_dir, config.host))
+    environment.apply(environment.switches(os.cpu_count() or 1, ingress))
+    os.environ.update(environment.private_cluster(runtime_dir, config.host, ingress))
     with reaped(runtime_dir) as afterwards:
         try:
-            with _private_cluster(runtime_dir, config):
-                yield RunningServer(_deploy(sources, config, device), device)
+            with _held_ports(config), _private_cluster(runtime_dir, config):
+                yield _deploy(sources, config, choice)
         except ServerFailedError as exc:
             afterwards.keep_directory = True
             raise ServerFailedError(f"{exc.message}; Ray's logs: {runtime_dir}") from exc
@@ -142,12 +142,44 @@ def _free_public_port(config: ServingConfig) -> int:
     return config.port
 
 
+def _free_grpc_port(config: ServingConfig) -> int | None:
+    """The port of gRPC; None where it is not served.
+
+    Raises:
+        PortInUseError: The port that was asked for is taken.
+    """
+    if not config.grpc:
+        return None
+    wanted = config.port + 1 if config.grpc_port is None else config.grpc_port
+    if 0 < wanted <= 65535 and environment.port_is_free(config.host, wanted):
+        return wanted
+    if config.grpc_port:
+        raise PortInUseError(
+            f"{config.host}:{wanted} is in use by another process; choose another port for gRPC "
+            "with --grpc-port (0 takes a free one), or serve none with --no-grpc"
+        )
+    return environment.free_port(config.host)
+
+
+@contextlib.contextmanager
+def _held_ports(config: ServingConfig) -> Iterator[None]:
+    """Where replicas listen themselves, something has to while they come and go."""
+    if config.ingress != "direct":
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(vacancy.held(config.host, config.port))
+        if config.grpc_port is not None:
+            stack.enter_context(contextlib.closing(shared_socket(config.host, config.grpc_port)))
+        yield
+
+
 @contextlib.contextmanager
 def _private_cluster(runtime_dir: Path, config: ServingConfig) -> Iterator[None]:
     try:
         _init_ray(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, int(config.replicas * config.cpus_per_replica + 1)),
+            num_cpus=max(os.cpu_count() or 1, _cpus_wanted(config)),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
             _temp_dir=str(environment.ray_dir(runtime_dir)),
@@ -160,11 +192,16 @@ def _private_cluster(runtime_dir: Path, config: ServingConfig) -> Iterator[None]
         _shut_down(stop_serve=True)
 
 
+def _cpus_wanted(config: ServingConfig) -> int:
+    replicas = max(config.replicas, config.max_replicas or 0)
+    return int(replicas * config.cpus_per_replica + 1)
+
+
 @contextlib.contextmanager
 def _joined_cluster(
-    address: str, sources: Sequence[PolicySource], config: ServingConfig, device: DeviceName
+    address: str, sources: Sequence[PolicySource], config: ServingConfig, choice: EngineChoice
 ) -> Iterator[RunningServer]:
-    switches = environment.switches(os.cpu_count() or 1)
+    switches = environment.switches(os.cpu_count() or 1, config.ingress or "haproxy")
     environment.apply(switches)
     import ray
 
@@ -178,9 +215,13 @@ def _joined_cluster(
     except Exception as exc:  # Ray's joining fails in many ways, all of them fatal here
         raise ServerFailedError(f"cannot join the Ray cluster at {address}: {exc}") from exc
     try:
-        if not serve_runs:
+        if serve_runs:
+            # Its ports are chosen, and a gRPC service cannot be added to it.
+            config = config.model_copy(update={"grpc_port": None, "grpc": False})
+        else:
             config = config.model_copy(update={"port": _free_public_port(config)})
-        yield RunningServer(_deploy(sources, config, device), device)
+            config = config.model_copy(update={"grpc_port": _free_grpc_port(config)})
+        yield _deploy(sources, config, choice)
     finally:
         _shut_down(stop_serve=not serve_runs)
 
@@ -210,7 +251,9 @@ def _serve_runs() -> bool:
     return True
 
 
-def _deploy(sources: Sequence[PolicySource], config: ServingConfig, device: DeviceName) -> str:
+def _deploy(
+    sources: Sequence[PolicySource], config: ServingConfig, choice: EngineChoice
+) -> RunningServer:
     from ray import serve
     from ray.serve.config import HTTPOptions
     from ray.serve.context import _get_global_client
@@ -225,23 +268,43 @@ def _deploy(sources: Sequence[PolicySource], config: ServingConfig, device: Devi
     }
     try:
         serve.start(
-            proxy_location="HeadOnly",
+            proxy_location="Disabled" if config.ingress == "direct" else "HeadOnly",
             http_options=HTTPOptions(host=config.host, port=config.port),
+            grpc_options=_grpc_options(config),
         )
         serve.run(
-            build_serve_app(sources, config, device, variables),
+            build_serve_app(sources, config, choice.device, variables),
             name=APPLICATION,
             route_prefix="/",
         )
     except Exception as exc:  # Serve raises RuntimeError and whatever its actors raise
         reason = _replica_failure() or _last_line(str(exc))
         raise ServerFailedError(f"Ray Serve did not start: {reason}") from exc
-    client = _get_global_client()
-    assert client is not None  # it raises where there is none
-    http = client.http_config
-    url = f"http://{_url_host(str(http.host))}:{http.port}"
+    host, port = config.host, config.port
+    if config.ingress != "direct":
+        client = _get_global_client()
+        assert client is not None  # it raises where there is none
+        # A cluster whose Serve runs already has a port of its own.
+        host, port = str(client.http_config.host), client.http_config.port
+    url = f"http://{_url_host(host)}:{port}"
     _wait_until_ready(url)
-    return url
+    grpc = None if config.grpc_port is None else f"{_url_host(config.host)}:{config.grpc_port}"
+    return RunningServer(url, choice, grpc)
+
+
+def _grpc_options(config: ServingConfig) -> Any:
+    """Serve's own gRPC ingress; with direct ingress replicas listen themselves."""
+    from ray.serve.config import gRPCOptions
+
+    from serving.dialects.open_inference.grpc_service import SERVICER_FUNCTION
+
+    if config.grpc_port is None or config.ingress == "direct":
+        return None
+    return gRPCOptions(
+        port=config.grpc_port,
+        grpc_servicer_functions=[SERVICER_FUNCTION],
+        enable_reflection=False,
+    )
 
 
 def _replica_failure() -> str | None:

@@ -68,7 +68,18 @@ def pendulum_bundle(pendulum_run: Path, artifacts: Path) -> Path:
 def server(
     cartpole_bundle: Path, pendulum_bundle: Path, artifacts: Path, worker_id: str
 ) -> Iterator[Server]:
-    """Real Ray Serve with both policies, in its own processes."""
+    """Real Ray Serve with both policies, in its own processes; the replica has the public port."""
     log = artifacts / f"serve-{worker_id}.log"
     with serving(cartpole_bundle, pendulum_bundle, "--port", "0", log=log) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def haproxy_server(
+    cartpole_bundle: Path, pendulum_bundle: Path, artifacts: Path, worker_id: str
+) -> Iterator[Server]:
+    """The same behind HAProxy."""
+    log = artifacts / f"serve-haproxy-{worker_id}.log"
+    bundles = (cartpole_bundle, pendulum_bundle)
+    with serving(*bundles, "--port", "0", "--ingress", "haproxy", log=log) as running:
         yield running

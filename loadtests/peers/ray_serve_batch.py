@@ -1,4 +1,4 @@
-"""Ray Serve with its defaults: FastAPI, `@serve.batch`, ONNX Runtime. Run: FILE BUNDLE PORT.
+"""Ray Serve with its defaults: FastAPI, `@serve.batch`, ONNX Runtime. Run: FILE MODEL PORT.
 
 Written as Ray Serve's guides on FastAPI and dynamic request batching show it, with the settings
 they start from, and only the environment that a user's shell has. No postponed annotations:
@@ -9,7 +9,6 @@ import logging
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,19 +37,12 @@ class BatchedPolicy:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(model, options)
-        self._widths = {entry.name: entry.shape[1] for entry in self._session.get_inputs()}
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.001)
     async def compute(self, observations: list[list[float]]) -> list[Any]:
         """One batch."""
         batch = np.array(observations, dtype=np.float32)
-        n = len(batch)
-        feeds = {
-            "observation": batch,
-            "noise": np.zeros((n, self._widths["noise"]), dtype=np.float32),
-            "action_mask": np.ones((n, self._widths["action_mask"]), dtype=np.bool_),
-        }
-        actions: list[Any] = self._session.run(["action"], feeds)[0].tolist()
+        actions: list[Any] = self._session.run(["action"], {"observation": batch})[0].tolist()
         return actions
 
     @app.post("/compute_action")
@@ -61,15 +53,14 @@ class BatchedPolicy:
 
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
-    bundle, port = Path(sys.argv[1]), int(sys.argv[2])
+    model, port = sys.argv[1], int(sys.argv[2])
     stopped = threading.Event()
     ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     deployment: Any = BatchedPolicy
-    serve.run(deployment.bind(str(bundle / "policy.onnx")))
-    print(f"ready http://127.0.0.1:{port}", flush=True)
+    serve.run(deployment.bind(model))
     stopped.wait()
     serve.shutdown()
     ray.shutdown()

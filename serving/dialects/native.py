@@ -9,11 +9,11 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 from msgspec import UNSET, Meta, UnsetType
 from numpy.typing import NDArray
 
@@ -30,42 +30,29 @@ from serving.errors import (
 from serving.interface import OUTPUT_NAMES, OutputName, PolicyOutput
 from serving.manifest import PolicyManifest
 from serving.policy_inputs import PolicyInputs
+from serving.request import ComputeRequest
 from serving.spaces import describe_space, leaves, take
 
 _MAX_SEED = 2**63 - 1
+_MAX_KNOWN = 4096
+_NOT_PLAIN = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
 _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-
-@dataclass(frozen=True)
-class ComputeRequest:
-    """A request that conforms.
-
-    Attributes:
-        inputs: The graph's inputs that the caller gave, by name, each (n, ...): observations
-            always, state, reward and action mask if they came; no noise.
-        n: How many observations.
-        is_single: Whether it came as `observation`, and the answer is `action`.
-        deterministic: Most likely action, or a sample.
-        seed: Makes a sample repeatable.
-        timeout_s: The caller's deadline, from arrival.
-        outputs: What to answer beside the actions.
-        version: The version that the caller insists on.
-    """
-
-    inputs: Mapping[str, NDArray[Any]]
-    n: int
-    is_single: bool
-    deterministic: bool
-    seed: int | None
-    timeout_s: float | None
-    outputs: frozenset[OutputName]
-    version: int | None
+# What a request says of itself in every encoding: name, msgspec type, default.
+COMMON_FIELDS: tuple[tuple[str, Any, Any], ...] = (
+    ("deterministic", bool, True),
+    ("seed", Annotated[int, Meta(ge=0, le=_MAX_SEED)] | None, None),
+    ("timeout_ms", Annotated[float, Meta(gt=0, le=3_600_000)] | None, None),
+    ("outputs", list[OutputName] | None, None),
+    ("version", int | None, None),
+)
 
 
 class NativeCodec:
     """Bytes to `ComputeRequest` and `PolicyOutput` to bytes, for one policy."""
 
     content_type = b"application/json"
+    # What a request's body may be called; one that is not called anything is JSON.
+    media_types: tuple[bytes | None, ...] = (None, b"application/json")
 
     def __init__(
         self,
@@ -83,10 +70,13 @@ class NativeCodec:
         self.beside = BesideCodec(manifest, PolicyInputs(manifest))
         self.request_type = request_type(self._observations.row_type, manifest)
         self._decoder = msgspec.json.Decoder(self.request_type)
+        self._plain_decoder = msgspec.json.Decoder(_plain_type(self._observations.row_type))
         self._encoder = msgspec.json.Encoder()
         identity = {"policy": name, "version": version, "policy_id": manifest.policy_id}
         # What every answer ends with, `{` cut off.
         self._tail = self._encoder.encode(identity)[1:]
+        # Whole answers by their action, where there are few different ones.
+        self._known: dict[int, bytes] = {}
 
     def decode(self, body: bytes | bytearray) -> ComputeRequest:
         """Parse and check a body.
@@ -141,6 +131,40 @@ class NativeCodec:
             state = dict(output.state)
             answer["state"] = _json_row(take(state, 0)) if is_single else _json_rows(state)
         return self._encoder.encode(answer)[:-1] + b"," + self._tail
+
+    def plain(self, body: bytes | bytearray) -> Any:
+        """The observation of a body that holds nothing else; None for every other body.
+
+        A quick look that refuses nothing: `decode` says what is wrong with what is left.
+        """
+        try:
+            return self._plain_decoder.decode(body).observation
+        except _NOT_PLAIN:
+            return None
+
+    def collect(self, rows: Sequence[Any]) -> dict[str, NDArray[Any]] | None:
+        """The graph's inputs of n observations that `plain` found, (n, *shape) each.
+
+        Returns:
+            None where one of them does not conform.
+        """
+        return self._observations.arrays(rows)
+
+    def encode_each(self, output: PolicyOutput) -> list[bytes]:
+        """The answers of callers who asked for one action each and for nothing beside it."""
+        actions = output.actions
+        if output.state is not None or not isinstance(actions, np.ndarray):
+            return [self.encode(rows, is_single=True) for rows in output.rows()]
+        if actions.ndim == 1 and actions.dtype.kind == "i":
+            return [self._known.get(action) or self._learn(action) for action in actions.tolist()]
+        encode, tail = self._encoder.encode, self._tail
+        return [b'{"action":%b,%b' % (encode(action), tail) for action in actions.tolist()]
+
+    def _learn(self, action: int) -> bytes:
+        answer = b'{"action":%d,%b' % (action, self._tail)
+        if len(self._known) < _MAX_KNOWN:
+            self._known[action] = answer
+        return answer
 
     def _rows(self, request: Any) -> tuple[Any, bool]:
         if (request.observation is UNSET) == (request.observations is UNSET):
@@ -219,16 +243,11 @@ def request_type(observation: Any, manifest: PolicyManifest) -> Any:
         observation: The type of one observation.
         manifest: What the policy takes.
     """
-    positive = Annotated[float, Meta(gt=0, le=3_600_000)]
     has_reward = manifest.has_reward
     fields: list[tuple[str, Any, Any]] = [
         ("observation", observation | UnsetType, UNSET),
         ("observations", list[observation] | UnsetType, UNSET),
-        ("deterministic", bool, True),
-        ("seed", Annotated[int, Meta(ge=0, le=_MAX_SEED)] | None, None),
-        ("timeout_ms", positive | None, None),
-        ("outputs", list[OutputName] | None, None),
-        ("version", int | None, None),
+        *COMMON_FIELDS,
         # Read in a second step: what stands here depends on `observation` or `observations`.
         ("action_mask", msgspec.Raw | UnsetType, UNSET),
         ("state", msgspec.Raw | UnsetType, UNSET),
@@ -236,6 +255,12 @@ def request_type(observation: Any, manifest: PolicyManifest) -> Any:
         ("rewards", (list[float] if has_reward else msgspec.Raw) | UnsetType, UNSET),
     ]
     return msgspec.defstruct("ComputeActionRequest", fields, forbid_unknown_fields=True, gc=False)
+
+
+def _plain_type(observation: Any) -> Any:
+    return msgspec.defstruct(
+        "PlainRequest", [("observation", observation)], forbid_unknown_fields=True, gc=False
+    )
 
 
 def _json_row(row: Any) -> Any:

@@ -25,7 +25,9 @@ States: TypeAlias = State | Sequence[State | None]
 
 
 class ClientCodec:
-    """Bodies for one served policy, and what its answers mean."""
+    """JSON bodies for one served policy, and what its answers mean."""
+
+    content_type = "application/json"
 
     def __init__(self, described: Mapping[str, Any]) -> None:
         """Read a policy's description.
@@ -70,7 +72,7 @@ class ClientCodec:
             body["reward"] = _leaf(reward, "/reward", InvalidRequestError)
         if action_mask is not None:
             body["action_mask"] = _leaf(action_mask, "/action_mask", InvalidRequestError)
-        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+        return _pack(body)
 
     def body_for_many(
         self,
@@ -101,7 +103,11 @@ class ClientCodec:
             body["rewards"] = _leaf(rewards, "/rewards", InvalidRequestError)
         if action_mask is not None:
             body["action_mask"] = _masks(action_mask)
-        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+        return _pack(body)
+
+    def read(self, body: bytes) -> Any:
+        """What an answer's bytes hold; None where they are no JSON."""
+        return read_json(body)
 
     def action(self, answer: Mapping[str, Any]) -> Any:
         """The action of an answer to one observation, as the environment takes it.
@@ -111,17 +117,20 @@ class ClientCodec:
         """
         return _element(member(answer, "action"), self._action_space)
 
-    def state(self, answer: Mapping[str, Any]) -> State | None:
-        """The state of an answer to one observation; None for a policy without memory.
+    def step(self, answer: Mapping[str, Any]) -> tuple[Any, State | None]:
+        """The action and the state of an answer to one observation.
+
+        The state is None for a policy without memory.
 
         Raises:
-            UnexpectedAnswerError: It is not the one that was described.
+            UnexpectedAnswerError: They are not those that were described.
         """
+        action = self.action(answer)
         if not self._state_dtypes:
-            return None
+            return action, None
         found = member(answer, "state")
-        return {
-            name: _array(_key(found, name), dtype) for name, dtype in self._state_dtypes.items()
+        return action, {
+            name: _array(key_of(found, name), dtype) for name, dtype in self._state_dtypes.items()
         }
 
     def output(self, answer: Mapping[str, Any]) -> PolicyOutput:
@@ -134,7 +143,7 @@ class ClientCodec:
         if self._state_dtypes:
             rows = member(answer, "state")
             state = {
-                name: _array([_key(row, name) for row in rows], dtype)
+                name: _array([key_of(row, name) for row in rows], dtype)
                 for name, dtype in self._state_dtypes.items()
             }
         return PolicyOutput(
@@ -162,6 +171,21 @@ def options(
     if outputs:
         found["outputs"] = sorted(outputs)
     return found
+
+
+def read_json(body: bytes) -> Any:
+    """What bytes hold; None where they are no JSON."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _pack(body: Mapping[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError as exc:
+        raise InvalidRequestError(f"the request cannot be written as JSON: {exc}") from exc
 
 
 def member(answer: Mapping[str, Any], name: str) -> Any:
@@ -270,7 +294,12 @@ def _array(value: Any, dtype: str) -> NDArray[Any]:
         raise UnexpectedAnswerError(f"found {value!r} in the answer, expected {dtype}") from exc
 
 
-def _key(value: Any, key: str | int) -> Any:
+def key_of(value: Any, key: str | int) -> Any:
+    """An entry of an object or an array in an answer.
+
+    Raises:
+        UnexpectedAnswerError: There is none.
+    """
     try:
         return value[key]
     except (KeyError, IndexError, TypeError) as exc:
@@ -280,9 +309,9 @@ def _key(value: Any, key: str | int) -> Any:
 def _element(value: Any, space: Space) -> Any:
     """One action from JSON."""
     if isinstance(space, DictSpace):
-        return {key: _element(_key(value, key), child) for key, child in space.items()}
+        return {key: _element(key_of(value, key), child) for key, child in space.items()}
     if isinstance(space, TupleSpace):
-        return tuple(_element(_key(value, k), child) for k, child in enumerate(space.spaces))
+        return tuple(_element(key_of(value, k), child) for k, child in enumerate(space.spaces))
     return _array(value, space.dtype)[()]
 
 
@@ -290,12 +319,12 @@ def _batch(values: Any, space: Space) -> Any:
     """A list of actions from JSON as a nested batch."""
     if isinstance(space, DictSpace):
         return {
-            key: _batch([_key(value, key) for value in values], child)
+            key: _batch([key_of(value, key) for value in values], child)
             for key, child in space.items()
         }
     if isinstance(space, TupleSpace):
         return tuple(
-            _batch([_key(value, k) for value in values], child)
+            _batch([key_of(value, k) for value in values], child)
             for k, child in enumerate(space.spaces)
         )
     return _array(values, space.dtype)

@@ -37,6 +37,7 @@ BIT: Any = Annotated[int, Meta(ge=0, le=1)] | bool
 _INT64 = np.iinfo(np.int64)
 # Names that msgspec gives no field.
 _UNNAMEABLE = re.compile(r'[\\"\x00-\x1f]')
+_SHORT = 64
 _INDEX = re.compile(r"\[(\d+|\.\.\.)\]")
 
 
@@ -70,8 +71,7 @@ class RowCodec:
         if not self._is_typed:
             return None
         found: dict[str, NDArray[Any]] = {}
-        with np.errstate(over="ignore", invalid="ignore"):
-            return found if self._collect(rows, found) else None
+        return found if self._collect(rows, found) else None
 
     def pointer(self, path: str) -> str:
         """A JSON pointer (RFC 6901) from msgspec's path inside a row, such as `.arm[0][...]`."""
@@ -104,21 +104,35 @@ def _collector(space: Space, names: Iterator[str]) -> _Collect:
     if isinstance(space, TupleSpace):
         items = [operator.itemgetter(k) for k in range(len(space.spaces))]
         return _collect_parts(items, [_collector(child, names) for child in space.spaces])
-    return _collect_leaf(next(names), graph_dtype(space))
+    return _collect_leaf(next(names), graph_dtype(space), space.shape)
 
 
-def _collect_leaf(name: str, dtype: str) -> _Collect:
-    is_float = np.issubdtype(np.dtype(dtype), np.floating)
+def _collect_leaf(name: str, dtype: str, shape: tuple[int, ...]) -> _Collect:
+    kind = np.dtype(dtype)
+    is_float = np.issubdtype(kind, np.floating)
+    is_short = is_float and len(shape) == 1 and 0 < shape[0] <= _SHORT
+    # What does not fit becomes infinite in the array.
+    limit = float(np.finfo(kind).max) if is_float else 0.0
 
     def collect(rows: Sequence[Any], found: dict[str, NDArray[Any]]) -> bool:
+        if is_short and len(rows) == 1:
+            # A single step: two passes of Python's own over a few numbers take a fifth of the time
+            # of NumPy's way.
+            (row,) = rows
+            if not (-limit <= min(row) and max(row) <= limit):
+                return False
+            found[name] = np.array(rows, dtype=kind)
+            return True
         try:
-            batch = np.array(rows, dtype=dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                batch = np.array(rows, dtype=kind)
+                # One sum instead of a test of every number: NaN and infinity survive addition. A
+                # sum of huge finite numbers may overflow too; a closer look then finds no fault.
+                is_fine = not is_float or math.isfinite(batch.sum())
         except OverflowError:
             return False
         found[name] = batch
-        # One sum instead of a test of every number: NaN and infinity survive addition. A sum of
-        # huge finite numbers may overflow too; a closer look then finds no fault.
-        return not is_float or math.isfinite(batch.sum())
+        return is_fine
 
     return collect
 

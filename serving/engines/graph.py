@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -42,6 +42,15 @@ class Graph(Protocol):
         """
         ...
 
+    def prepare(
+        self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
+    ) -> Callable[[], object]:
+        """The bare runtime, to compare with: each call computes these outputs of these inputs.
+
+        As much as possible is done before the first call; the outputs of each are arrays.
+        """
+        ...
+
 
 def unmasked(graph: Graph) -> Graph:
     """The graph for batches without an action mask: a faster one where the runtime has one."""
@@ -57,10 +66,12 @@ class _Plan:
         names: What to compute.
         parts: Name without a mode (`action/x`, `action_logp`, `next_state/h`) to the graph's
             outputs for it: one, or greedy and sampled for a batch that mixes them.
+        is_action_alone: Whether `action` is all there is in the answer.
     """
 
     names: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]]
+    is_action_alone: bool
 
 
 class GraphPolicy:
@@ -124,10 +135,11 @@ class GraphPolicy:
         Raises:
             InferenceError: The runtime failed.
         """
-        is_mixed = not isinstance(is_sampled, bool)
-        if is_sampled is not False and "noise" not in inputs:
-            raise ValueError("sampling needs noise")
-        mode: Mode = "mixed" if is_mixed else "sampled" if is_sampled else "greedy"
+        mode: Mode = "greedy"
+        if is_sampled is not False:
+            mode = "sampled" if is_sampled is True else "mixed"
+            if "noise" not in inputs:
+                raise ValueError("sampling needs noise")
         plan = self._plan(mode, frozenset(outputs) if outputs else _NO_OUTPUTS)
         complete = self.inputs.complete(inputs, len(next(iter(inputs.values()))))
         graph = self.graph if ACTION_MASK in inputs else self._unmasked
@@ -135,11 +147,12 @@ class GraphPolicy:
             found = graph.run(plan.names, complete)
         except Exception as exc:  # the runtimes' own exceptions share no public base
             raise InferenceError(f"{self.graph.name} failed on a valid batch: {exc}") from exc
-        if is_mixed:
+        if mode == "mixed":
             found = _choose(plan, found, np.asarray(is_sampled))
-        elif is_sampled:
+        elif mode == "sampled":
             found = {name: found[sources[0]] for name, sources in plan.parts.items()}
-        return self._output(found)
+        # Most answers: what a batch of one takes is counted in microseconds.
+        return PolicyOutput(found["action"]) if plan.is_action_alone else self._output(found)
 
     def check_outputs(self, outputs: Collection[OutputName]) -> None:
         """Refuse outputs that this policy does not have.
@@ -177,7 +190,8 @@ class GraphPolicy:
             if name in outputs and name != "action_logp":
                 parts[name] = (name,)
         needed = {each for sources in parts.values() for each in sources}
-        return _Plan(tuple(name for name in self.manifest.outputs if name in needed), parts)
+        names = tuple(name for name in self.manifest.outputs if name in needed)
+        return _Plan(names, parts, is_action_alone=list(parts) == ["action"])
 
     def _output(self, found: Mapping[str, NDArray[Any]]) -> PolicyOutput:
         state = None
@@ -209,15 +223,20 @@ def _choose(
     return chosen
 
 
-def engine_has_cuda(engine: EngineName) -> bool:
-    """Whether an engine finds a CUDA device on this machine."""
-    if not Path("/dev/nvidiactl").exists():
-        return False
-    if engine == "onnx":
-        from serving.engines.onnx_engine import has_cuda
-    else:
-        from serving.engines.torchscript_engine import has_cuda
-    return has_cuda()
+def cuda_failure(engine: EngineName) -> str | None:
+    """Why an engine cannot compute on a CUDA device of this machine, or None: it is tried.
+
+    Raises:
+        ServingConfigError: The runtime is not installed.
+    """
+    with _importing(engine):
+        if engine == "onnx":
+            from serving.engines import onnx_engine
+
+            return onnx_engine.cuda_failure()
+        from serving.engines import torch_engine
+
+        return torch_engine.cuda_failure()
 
 
 def load_graph(bundle: Bundle, engine: EngineName = "onnx", device: DeviceName = "cpu") -> Graph:
@@ -229,23 +248,26 @@ def load_graph(bundle: Bundle, engine: EngineName = "onnx", device: DeviceName =
         ServingConfigError: The device is not there, or the runtime is not installed.
     """
     manifest = bundle.manifest
-    input_names = [spec.name for spec in manifest.inputs]
-    try:
+    with _importing(engine):
         if engine == "onnx":
             from serving.engines.onnx_engine import OnnxGraph
 
             graph = OnnxGraph(bundle.file(ONNX), manifest.outputs, device=device)
             graph.check_signature(manifest)
             return graph
+        from serving.engines.torch_engine import load_pt2, load_torchscript
+
+        names = [spec.name for spec in manifest.inputs]
         if engine == "torchscript":
-            from serving.engines.torchscript_engine import TorchScriptGraph
+            path = bundle.file(TORCHSCRIPT)
+            return load_torchscript(path, names, manifest.outputs, device=device)
+        return load_pt2(bundle.file(PT2), names, manifest.outputs, device=device)
 
-            return TorchScriptGraph(
-                bundle.file(TORCHSCRIPT), input_names, manifest.outputs, device=device
-            )
-        from serving.engines.pt2_engine import Pt2Graph
 
-        return Pt2Graph(bundle.file(PT2), input_names, manifest.outputs, device=device)
+@contextlib.contextmanager
+def _importing(engine: EngineName) -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as exc:
         raise ServingConfigError(
             f"the engine {engine!r} needs the package {exc.name!r}, which is not installed"

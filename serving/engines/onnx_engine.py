@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import ctypes
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -16,23 +21,75 @@ from serving.errors import BundleError, ServingConfigError
 from serving.manifest import ACTION_MASK, PolicyManifest, step_outputs
 from serving.spaces import leaves
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CUDA = "CUDAExecutionProvider"
+_PROVIDERS: Mapping[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [
+        (
+            _CUDA,
+            {
+                # The default rounds factors to ten bits: too coarse for the golden vectors.
+                "use_tf32": "0",
+                # The default tries every algorithm at each new batch size, seconds a time.
+                "cudnn_conv_algo_search": "HEURISTIC",
+                # Several sessions share the GPU; none of them takes twice what it needs.
+                "arena_extend_strategy": "kSameAsRequested",
+            },
+        )
+    ],
+}
+# y = x + x, one float32, opset 17; a whole model, so that trying CUDA needs no `onnx` package.
+_PROBE = bytes.fromhex(
+    "080812003a350a0e0a01780a017812017922034164641201675a0f0a0178120a0a08080112040a020801620f0a0179"
+    "120a0a08080112040a02080142040a001011"
+)
+# Where ONNX Runtime only logs what went wrong, to standard error and past Python.
+_SILENT, _WARNING = 4, 2
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A session that computes some of the graph's outputs and nothing beside them."""
+    """A session that computes some of the graph's outputs and nothing beside them.
+
+    Attributes:
+        outputs: What it computes.
+        session: ONNX Runtime's.
+        inputs: What it reads.
+        call: The session's `run`: names, inputs by name, options.
+    """
 
     outputs: frozenset[str]
     session: onnxruntime.InferenceSession
     inputs: tuple[str, ...]
+    call: Callable[..., Sequence[NDArray[Any]]]
 
     def run(
         self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
     ) -> dict[str, NDArray[Any]]:
-        """Compute some of the outputs."""
+        """Compute some of the outputs.
+
+        On a GPU too: a binding made for one call copies the same arrays and takes longer to make.
+        """
         feeds = {name: inputs[name] for name in self.inputs}
-        return dict(zip(names, self.session.run(names, feeds), strict=True))
+        return dict(zip(names, self.call(names, feeds, None), strict=True))
+
+    def prepare(
+        self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
+    ) -> Callable[[], list[NDArray[Any]]]:
+        """The bare session with these inputs bound, on its device already where that is a GPU."""
+        arrays = {name: np.ascontiguousarray(inputs[name]) for name in self.inputs}
+        binding = self.session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        for name in names:
+            binding.bind_output(name, "cpu")
+
+        def call() -> list[NDArray[Any]]:
+            self.session.run_with_iobinding(binding)
+            found: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+            return found
+
+        return call
 
 
 class _Parts:
@@ -93,14 +150,24 @@ class OnnxGraph:
         self.unmasked: Graph = self
         if unmasked:
             self.unmasked = _UnmaskedGraph(self, _Parts(_load(unmasked, path, device)))
+        _return_memory()
 
     def run(
         self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
     ) -> Mapping[str, NDArray[Any]]:
         """Compute the named outputs; see `serving.engines.graph.Graph`."""
+        return self._part(names).run(names, inputs)
+
+    def prepare(
+        self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
+    ) -> Callable[[], object]:
+        """The bare session on bound arrays; see `serving.engines.graph.Graph`."""
+        return self._part(names).prepare(names, inputs)
+
+    def _part(self, names: Sequence[str]) -> _Part:
         part = self._parts.choose(names)
         assert part is not None, names  # `GraphPolicy` asks for the manifest's outputs only
-        return part.run(names, inputs)
+        return part
 
     def check_signature(self, manifest: PolicyManifest) -> None:
         """Compare the graph's inputs and outputs with what the manifest says of them.
@@ -149,6 +216,13 @@ class _UnmaskedGraph:
         part = self._parts.choose(names)
         return self._graph.run(names, inputs) if part is None else part.run(names, inputs)
 
+    def prepare(
+        self, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
+    ) -> Callable[[], object]:
+        """The bare session on bound arrays."""
+        part = self._parts.choose(names)
+        return (part or self._graph).prepare(names, inputs)
+
 
 def _cut(model: bytes, choices: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], bytes]:
     """A model for each choice of outputs."""
@@ -160,13 +234,55 @@ def _load(models: Mapping[tuple[str, ...], bytes], path: Path, device: str) -> t
     for outputs, model in models.items():
         session = _session(model, path, device)
         inputs = tuple(entry.name for entry in session.get_inputs())
-        found.append(_Part(frozenset(outputs), session, inputs))
+        found.append(_Part(frozenset(outputs), session, inputs, _runner(session)))
     return tuple(found)
 
 
-def has_cuda() -> bool:
-    """Whether this installation of ONNX Runtime can use CUDA."""
-    return _PROVIDERS["cuda"] in onnxruntime.get_available_providers()
+def _runner(session: onnxruntime.InferenceSession) -> Callable[..., Sequence[NDArray[Any]]]:
+    """The session's `run` without the checks around it: what comes here conforms.
+
+    They take a fifth of a small network's time. `_sess` is no public name; where it is not there,
+    the public method is as good.
+    """
+    inner = getattr(session, "_sess", None)
+    found: Callable[..., Sequence[NDArray[Any]]] = getattr(inner, "run", session.run)
+    return found
+
+
+@cache
+def cuda_failure() -> str | None:
+    """Why ONNX Runtime cannot use CUDA here, or None; it is tried, and remembered.
+
+    That the provider is listed says only how ONNX Runtime was built: without CUDA's libraries it
+    logs an error, and the session runs on the CPU.
+    """
+    if _CUDA not in onnxruntime.get_available_providers():
+        listed = ", ".join(onnxruntime.get_available_providers())
+        return f"this installation has only {listed}; install onnxruntime-gpu"
+    with _silence() as printed:
+        # Finds the libraries that pip installed, since 1.21; it prints what it misses.
+        getattr(onnxruntime, "preload_dlls", lambda: None)()
+        try:
+            session = _open(_PROBE, "cuda")
+            (found,) = session.run(None, {"x": np.ones(1, np.float32)})
+        except Exception as exc:  # ONNX Runtime's own exceptions share no public base
+            return " ".join(str(exc).split())
+    if _CUDA in session.get_providers():
+        return None if found == 2.0 else f"1 + 1 came to {found[0]:g} on it"
+    reason = next(iter(printed.getvalue().splitlines()), "no GPU, or no driver for it")
+    return f"{_CUDA} does not start: {reason}"
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[io.StringIO]:
+    """Keep ONNX Runtime's own reports off the terminal; what it prints through Python is given."""
+    printed = io.StringIO()
+    onnxruntime.set_default_logger_severity(_SILENT)
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield printed
+    finally:
+        onnxruntime.set_default_logger_severity(_WARNING)
 
 
 def _fits(found: tuple[int | None, ...], expected: tuple[int | None, ...]) -> bool:
@@ -190,21 +306,37 @@ def _output_shapes(manifest: PolicyManifest) -> dict[str, tuple[int | None, ...]
     return shapes
 
 
+def _return_memory() -> None:
+    """Give back what loading took and freed: more than the file's size for each session."""
+    # glibc's own; elsewhere the allocator decides.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _session(model: bytes, path: Path, device: str) -> onnxruntime.InferenceSession:
-    provider = _PROVIDERS[device]
-    if provider not in onnxruntime.get_available_providers():
+    if device == "cuda" and (failure := cuda_failure()) is not None:
         raise ServingConfigError(
-            f"device {device!r} needs ONNX Runtime's {provider}, and this installation has only "
-            f"{', '.join(onnxruntime.get_available_providers())}; install onnxruntime-gpu or use "
-            "--device cpu"
+            f"device 'cuda' was asked for and ONNX Runtime cannot use a GPU here: {failure}; "
+            "otherwise use --device cpu"
         )
+    try:
+        session = _open(model, device)
+    except Exception as exc:  # ONNX Runtime's own exceptions share no public base
+        if device == "cpu":
+            raise BundleError(f"ONNX Runtime cannot load {path}: {exc}") from exc
+        # A bundle that loads on the CPU may be too much for this GPU.
+        raise ServingConfigError(f"ONNX Runtime cannot load {path} on {device}: {exc}") from exc
+    return session
+
+
+def _open(model: bytes, device: str) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     # One thread: a small network loses more to waking threads than it wins, and replicas, not
-    # threads, use the other cores.
+    # threads, use the other cores. It also makes a row's answer independent of its batch.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=[provider])
-    except Exception as exc:  # ONNX Runtime's own exceptions share no public base
-        raise BundleError(f"ONNX Runtime cannot load {path}: {exc}") from exc
+    # Without the fallback: it would print to standard output and go on, on the CPU.
+    return onnxruntime.InferenceSession(
+        model, options, providers=_PROVIDERS[device], enable_fallback=0
+    )

@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +37,16 @@ def port_of(server: Server) -> int:
     port = urlsplit(server.url).port
     assert port is not None
     return port
+
+
+INGRESSES = ("direct", "haproxy")
+
+
+@pytest.fixture(params=INGRESSES)
+def either_server(request: pytest.FixtureRequest) -> Server:
+    found = "server" if request.param == "direct" else "haproxy_server"
+    server: Server = request.getfixturevalue(found)
+    return server
 
 
 @pytest.fixture
@@ -87,7 +97,10 @@ def test_a_seed_repeats_a_sampled_action_and_another_seed_changes_it(server: Ser
     assert first != other
 
 
-def test_64_callers_at_once_get_their_own_answers_in_shared_batches(server: Server) -> None:
+def test_64_callers_at_once_get_their_own_answers_in_shared_batches(
+    either_server: Server,
+) -> None:
+    server = either_server
     rng = np.random.default_rng(0)
     observations = rng.normal(size=(64, 3)).astype(np.float32)
     with PolicyClient(policy_url(server, "pendulum")) as client:
@@ -97,7 +110,7 @@ def test_64_callers_at_once_get_their_own_answers_in_shared_batches(server: Serv
             stack.enter_context(socket.create_connection(("127.0.0.1", port_of(server))))
             for _ in observations
         ]
-        # The first round opens HAProxy's connections to the replica, one by one.
+        # The first round opens all connections to the replica, one by one.
         first = at_once(server, callers, observations)
         batches_before = metric(server, 'policyserve_batch_size_count{policy="pendulum"}')
         second = at_once(server, callers, observations)
@@ -118,30 +131,41 @@ def at_once(server: Server, callers: list[socket.socket], observations: np.ndarr
     try:
         for caller, observation in zip(callers, observations, strict=True):
             caller.sendall(raw_request("pendulum", observation))
-        wait_until(lambda: n_unread(server) >= len(callers), "HAProxy has passed on every request")
+        wait_until(lambda: n_unread(server) >= len(callers), "every request lies before it")
     finally:
         replica.resume()
     return [read_answer(caller)["action"] for caller in callers]
 
 
-def haproxy_of(server: Server) -> psutil.Process:
-    (haproxy,) = (child for child in server.family() if child.name() == "haproxy")
-    return haproxy
+def listener_of(server: Server) -> psutil.Process:
+    """The process that has the public port: HAProxy, or the replica."""
+
+    def haproxies() -> list[psutil.Process]:
+        return [child for child in server.family() if child.name() == "haproxy"]
+
+    if not haproxies():
+        return server.replicas()[0]
+    # One that Ray has replaced lives on until its last connection is closed.
+    wait_until(lambda: len(haproxies()) == 1, "one HAProxy is left")
+    return haproxies()[0]
 
 
 def n_unread(server: Server) -> int:
-    """Connections of HAProxy to a replica with bytes that the replica has not read."""
-    to_replica = {
-        connection.raddr.port
-        for connection in haproxy_of(server).net_connections("tcp")
-        if connection.raddr and connection.laddr.port != port_of(server)
-    }
+    """Connections to a replica with bytes that the replica has not read."""
+    listener = listener_of(server)
+    ports = {port_of(server)}
+    if listener.name() == "haproxy":
+        ports = {
+            connection.raddr.port
+            for connection in listener.net_connections("tcp")
+            if connection.raddr and connection.laddr.port != port_of(server)
+        }
     n = 0
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         _, local, _, state, queues = line.split()[:5]
         is_established = state == "01"
         n_bytes = int(queues.partition(":")[2], 16)
-        n += is_established and n_bytes > 0 and int(local.partition(":")[2], 16) in to_replica
+        n += is_established and n_bytes > 0 and int(local.partition(":")[2], 16) in ports
     return n
 
 
@@ -229,14 +253,18 @@ def test_a_replica_that_serves_onnx_has_loaded_neither_torch_nor_rllib(server: S
     assert not [path for path in loaded if "/torch/" in path or "/rllib/" in path]
 
 
-def test_only_the_public_port_is_open_beyond_rays_own(server: Server) -> None:
+def test_the_public_port_is_open_to_this_machine_alone(either_server: Server) -> None:
+    listener = listener_of(either_server)
     listening = [
         connection.laddr
-        for connection in haproxy_of(server).net_connections("tcp")
+        for connection in listener.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert listening
-    assert {address.ip for address in listening} == {"127.0.0.1"}
+    # A replica also has the ports through which Ray's own processes reach it.
+    is_haproxy = listener.name() == "haproxy"
+    ours = [each for each in listening if is_haproxy or each.port == port_of(either_server)]
+    assert ours
+    assert {address.ip for address in ours} == {"127.0.0.1"}
 
 
 def test_act_prints_the_action_or_the_servers_error(server: Server) -> None:
@@ -285,11 +313,13 @@ def test_a_damaged_bundle_is_refused_before_anything_starts(
     assert "manifest.json" in refuse("serve", damaged, exit_code=1)
 
 
+@pytest.mark.parametrize("ingress", INGRESSES)
 def test_killing_one_of_two_replicas_loses_no_request_and_ctrl_c_leaves_nothing(
-    cartpole_bundle: Path, tmp_path: Path
+    cartpole_bundle: Path, tmp_path: Path, ingress: str
 ) -> None:
     log = tmp_path / "serve.log"
-    with serving(cartpole_bundle, "--port", "0", "--replicas", "2", log=log) as server:
+    options = ("--port", "0", "--replicas", "2", "--ingress", ingress)
+    with serving(cartpole_bundle, *options, log=log) as server:
         family = server.family()
         wait_until(lambda: len(server.replicas()) == 2, "two replicas run")
         n_answered = 0
@@ -314,6 +344,39 @@ def test_killing_one_of_two_replicas_loses_no_request_and_ctrl_c_leaves_nothing(
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))
+
+
+def test_while_the_only_replica_is_replaced_callers_are_told_to_come_again(
+    cartpole_bundle: Path, tmp_path: Path
+) -> None:
+    with serving(cartpole_bundle, "--port", "0", log=tmp_path / "serve.log") as server:
+        statuses = []
+
+        def status() -> int:
+            with httpx.Client(timeout=30.0) as caller:
+                answer = caller.post(
+                    f"{policy_url(server, 'cartpole')}/compute_action",
+                    json={"observation": [0, 0, 0, 0]},
+                )
+            if answer.status_code == 503:
+                assert answer.headers["retry-after"] == "1"
+                assert answer.json()["code"] == "policy_not_ready"
+            statuses.append(answer.status_code)
+            return answer.status_code
+
+        (replica,) = server.replicas()
+        replica.kill()
+        # For a moment after its death nobody has the port yet.
+        wait_until(lambda: not_refused(status) == 503, "the server's own process answers")
+        wait_until(lambda: not_refused(status) == 200, "a new replica answers", 60.0)
+        assert set(statuses) <= {200, 503}
+
+
+def not_refused(status: Callable[[], int]) -> int | None:
+    try:
+        return status()
+    except httpx.TransportError:
+        return None
 
 
 def test_after_sigterm_the_same_port_serves_again_and_a_killed_server_leaves_nothing(

@@ -8,6 +8,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 import uvicorn
 
-from serving import fast_lane
 from serving.app import build_app
 from serving.bundle import read_bundle
+from serving.compute_action import ComputeActionHandler
 from serving.config import PolicySource, ServingConfig
 from serving.engines.graph import GraphPolicy, load_graph
-from serving.fast_lane import ComputeActionHandler, FastLaneMiddleware
+from serving.hot_protocol import HotRoutes, bound
 from serving.service import PolicyServices, load_services
+from serving.stream import StreamRegistry, StreamSettings
+from serving.stream_protocol import stream_opener
 from tests.bundles import LinearPolicy, box_policy, discrete_policy
 from tests.tiny_policies import TINY_POLICIES
 
@@ -97,10 +100,6 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
     raise AssertionError(f"{what} did not happen within {DEADLINE_S:g} s")
 
 
-# The fast lane's handler is one per process; the server started last has it.
-_installed: list[ComputeActionHandler] = []
-
-
 @contextlib.contextmanager
 def serving(
     bundles: Mapping[str, Path],
@@ -113,7 +112,7 @@ def serving(
 
     Args:
         bundles: Policy name to bundle.
-        with_fast_lane: Put the fast lane around the application, as in Ray Serve's replica.
+        with_fast_lane: Put the fast lane around the application, as in a replica.
         wrap_services: Called with the services before they are served.
         settings: Of `ServingConfig`.
     """
@@ -133,17 +132,18 @@ def serving_services(
     """Serve what is loaded under uvicorn in a thread; stopped and closed at the end."""
     handler = ComputeActionHandler(services, max_body_bytes=config.max_body_bytes)
     app: Any = build_app(services, handler)
-    if with_fast_lane:
-        app = FastLaneMiddleware(app)
-        _installed.append(handler)
-        fast_lane.install(handler)
+    streams = StreamRegistry(services, StreamSettings(max_message_bytes=config.max_body_bytes))
+    routes = HotRoutes(
+        services, max_body_bytes=config.max_body_bytes, open_stream=stream_opener(streams)
+    )
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=bound(routes) if with_fast_lane else "httptools",
+            loop="uvloop",
             lifespan="off",
-            ws="none",
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=1,
@@ -159,9 +159,6 @@ def serving_services(
         thread.join(DEADLINE_S)
         listener.close()
         asyncio.run(services.close())
-        if with_fast_lane:
-            _installed.remove(handler)
-            fast_lane.install(_installed[-1] if _installed else None)
     assert not thread.is_alive()
 
 
@@ -230,6 +227,21 @@ def tiny_policies(tiny_bundles: dict[str, Path]) -> dict[str, GraphPolicy]:
 
 @pytest.fixture(scope="session")
 def tiny_server(tiny_bundles: dict[str, Path]) -> Iterator[LiveServer]:
-    """A server of those; without the fast lane, which is one per process."""
-    with serving(tiny_bundles, with_fast_lane=False) as server:
+    """A server of those."""
+    with serving(tiny_bundles) as server:
         yield server
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the client would have slept."""
+    found: list[float] = []
+    here = threading.get_ident()
+    sleep = time.sleep
+
+    def record(duration_s: float) -> None:
+        # Other threads of this process, such as those of libraries, really sleep.
+        (found.append if threading.get_ident() == here else sleep)(duration_s)
+
+    monkeypatch.setattr(time, "sleep", record)
+    return found

@@ -119,10 +119,44 @@ def test_what_is_no_json_is_a_usage_error(server: LiveServer, run, option: str):
 def test_play_steps_environments_of_discrete_and_tuple_observations(
     server: LiveServer, run, name: str, env: str, num_envs: int
 ):
-    arguments = ["--episodes", 3, "--num-envs", num_envs, "--json"]
-    code, text = run("play", server.policy_url(name), "--env", env, *arguments)
+    returns = []
+    for protocol in ("http", "ws"):
+        arguments = ["--episodes", 3, "--num-envs", num_envs, "--protocol", protocol, "--json"]
+        code, text = run("play", server.policy_url(name), "--env", env, *arguments)
+        assert code == 0, text
+        found = json.loads(text)
+        assert (found["n_episodes"], found["protocol"]) == (3, protocol)
+        returns.append([found["mean_return"], found["min_return"], found["env_steps"]])
+    assert returns[0] == returns[1]
+
+
+def test_play_shows_returns_latency_and_how_it_spoke(server: LiveServer, run):
+    url = server.policy_url("blackjack")
+    arguments = ["--episodes", 2, "--num-envs", 2, "--protocol", "ws"]
+    code, text = run("play", url, "--env", "Blackjack-v1", *arguments)
     assert code == 0, text
-    assert json.loads(text)["n_episodes"] == 3
+    for words in ("return", "step latency (ws, 2 at a time)", "p50", "environment steps/s"):
+        assert words in text
+
+
+@pytest.mark.parametrize("protocol", ["http", "ws"])
+def test_evaluate_plays_a_served_policy_either_way(server: LiveServer, run, protocol: str):
+    url = server.policy_url("blackjack")
+    arguments = ["--episodes", 4, "--protocol", protocol, "--json"]
+    code, text = run("evaluate", url, "--env", "Blackjack-v1", *arguments)
+    assert code == 0, text
+    assert json.loads(text)["n_episodes"] == 4
+
+
+@pytest.mark.parametrize("command", ["play", "evaluate"])
+def test_an_environment_of_other_spaces_is_refused_over_a_stream_too(
+    server: LiveServer, run, command: str
+):
+    url = server.policy_url("blackjack")
+    code, text = run(command, url, "--env", "CartPole-v1", "--protocol", "ws")
+    assert code == 2
+    assert "CartPole-v1 has the observation space" in text
+    assert len(text.splitlines()) == 1
 
 
 def test_play_gives_the_environment_s_mask_when_asked(server: LiveServer, run):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import queue
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import msgpack
 import numpy as np
 import pytest
 
@@ -38,6 +39,8 @@ from serving.errors import (
     UsageError,
 )
 from serving.interface import Policy
+from serving.stream_client import StreamClient
+from tests.serving.clients import CLIENTS, async_json_client, json_client, msgpack_client
 from tests.serving.conftest import DEADLINE_S, LiveServer, serving, serving_services
 from tests.serving.numpy_policies import (
     ACTION_SPACES,
@@ -158,57 +161,25 @@ def scripted() -> Iterator[ScriptedServer]:
     server.close()
 
 
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the client would have slept."""
-    found: list[float] = []
-    here = threading.get_ident()
-    sleep = time.sleep
-
-    def record(duration_s: float) -> None:
-        # Other threads of this process, such as those of libraries, really sleep.
-        (found.append if threading.get_ident() == here else sleep)(duration_s)
-
-    monkeypatch.setattr(time, "sleep", record)
-    return found
-
-
-class AsyncInAThread:
-    """AsyncPolicyClient with PolicyClient's face, so that both meet the same tests."""
-
-    def __init__(self, url: str, **kwargs: Any) -> None:
-        self._client = AsyncPolicyClient(url, **kwargs)
-        self._loop = asyncio.new_event_loop()
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._client, name)
-        return lambda *args, **kwargs: self._loop.run_until_complete(method(*args, **kwargs))
-
-    def answer(self, request: dict[str, Any]) -> Any:
-        action = self.compute_action(np.array(request["observation"]))
-        return {"action": int(action)}
-
-    def __enter__(self) -> AsyncInAThread:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.run_until_complete(self._client.aclose())
-        self._loop.close()
-
-
-@pytest.fixture(params=[PolicyClient, AsyncInAThread], ids=["sync", "async"])
+@pytest.fixture(params=[json_client, async_json_client], ids=["sync", "async"])
 def client_class(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def test_an_action_is_what_the_environment_takes(live_server, discrete, box, client_class):
-    with client_class(live_server.policy_url("discrete")) as client:
+@pytest.fixture(params=CLIENTS)
+def any_client(request: pytest.FixtureRequest) -> Any:
+    """Every way to ask: for tests against a real server, as a script speaks one language."""
+    return CLIENTS[request.param]
+
+
+def test_an_action_is_what_the_environment_takes(live_server, discrete, box, any_client):
+    with any_client(live_server.policy_url("discrete")) as client:
         observation = discrete.observations(1)[0]
         action = client.compute_action(observation)
         assert isinstance(action, np.int64)
         assert action == discrete.inputs(observation[None]).argmax()
         assert client.compute_action(observation.tolist()) == action
-    with client_class(live_server.policy_url("box")) as client:
+    with any_client(live_server.policy_url("box")) as client:
         observation = box.observations(1)[0]
         action = client.compute_action(observation)
         assert (action.shape, action.dtype) == ((2,), np.float32)
@@ -216,9 +187,9 @@ def test_an_action_is_what_the_environment_takes(live_server, discrete, box, cli
         np.testing.assert_allclose(action, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_one_action_and_many_use_the_same_seed_alike(live_server, discrete, client_class):
+def test_one_action_and_many_use_the_same_seed_alike(live_server, discrete, any_client):
     observation = discrete.observations(1)
-    with client_class(live_server.policy_url("discrete")) as client:
+    with any_client(live_server.policy_url("discrete")) as client:
         for seed in range(20):
             arguments = {"deterministic": False, "seed": seed}
             many = client.compute_actions(observation, **arguments).actions
@@ -236,6 +207,10 @@ def test_a_description_is_the_server_s(live_server, client_class):
     ("call", "expected"),
     [
         (lambda client: client.compute_action([1.0, 2.0]), InvalidObservationError),
+        (
+            lambda client: client.compute_action(np.zeros((2, 2), np.float32)),
+            InvalidObservationError,
+        ),
         (lambda client: client.compute_actions(np.zeros((0, 4))), InvalidRequestError),
         (lambda client: client.compute_actions(np.zeros((1025, 4))), BatchTooLargeError),
         (
@@ -244,13 +219,13 @@ def test_a_description_is_the_server_s(live_server, client_class):
         ),
         (lambda client: client.compute_action(np.zeros(4), timeout_ms=0), InvalidRequestError),
     ],
-    ids=["shape", "empty", "too many", "seed", "timeout"],
+    ids=["length", "shape", "empty", "too many", "seed", "timeout"],
 )
 def test_a_refusal_is_raised_as_the_server_s_own_class(
-    live_server, client_class, pauses, call, expected
+    live_server, any_client, pauses, call, expected
 ):
     with (
-        client_class(live_server.policy_url("discrete"), max_retries=3) as client,
+        any_client(live_server.policy_url("discrete"), max_retries=3) as client,
         pytest.raises(PolicyServingError) as caught,
     ):
         call(client)
@@ -259,8 +234,8 @@ def test_a_refusal_is_raised_as_the_server_s_own_class(
     assert pauses == []  # the same request would fail again
 
 
-def test_the_place_of_a_fault_arrives(live_server, client_class):
-    with client_class(live_server.policy_url("discrete")) as client:
+def test_the_place_of_a_fault_arrives(live_server, any_client):
+    with any_client(live_server.policy_url("discrete")) as client:
         with pytest.raises(InvalidObservationError) as caught:
             client.compute_actions(np.array([[0, 0, 0, 0], [0, 0, 1e39, 0]]))
         assert caught.value.details["pointer"] == "/observations/1/2"
@@ -269,7 +244,7 @@ def test_the_place_of_a_fault_arrives(live_server, client_class):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_json_cannot_say_is_refused_before_it_is_sent(scripted, value):
     scripted.script(answer(200, DESCRIPTION))
-    with PolicyClient(scripted.url) as client:
+    with json_client(scripted.url) as client:
         with pytest.raises(InvalidObservationError) as caught:
             client.compute_action([0.0, value])
         assert caught.value.details["pointer"] == "/observation"
@@ -278,28 +253,28 @@ def test_what_json_cannot_say_is_refused_before_it_is_sent(scripted, value):
     assert [method for method, _, _ in scripted.requests] == ["GET"]
 
 
-def test_an_unknown_policy_is_a_typed_error(live_server, client_class):
+def test_an_unknown_policy_is_a_typed_error(live_server, any_client):
     with (
-        client_class(live_server.policy_url("nobody")) as client,
+        any_client(live_server.policy_url("nobody")) as client,
         pytest.raises(UnknownPolicyError, match="there is box, discrete, no-critic"),
     ):
         client.compute_action(np.zeros(4))
 
 
-def test_the_only_policy_is_found(bundles: dict[str, Path], client_class):
+def test_the_only_policy_is_found(bundles: dict[str, Path], any_client):
     with serving({"only": bundles["discrete"]}) as server:
         for url in (server.url, server.url + "/", server.url + "/v1/policies"):
-            with client_class(url) as client:
+            with any_client(url) as client:
                 assert client.describe()["policy"] == "only"
 
 
-def test_of_several_policies_one_has_to_be_named(live_server, client_class):
+def test_of_several_policies_one_has_to_be_named(live_server, any_client):
     with (
-        client_class(live_server.url) as client,
+        any_client(live_server.url) as client,
         pytest.raises(UnknownPolicyError, match="box, discrete, no-critic; name one"),
     ):
         client.describe()
-    with client_class(live_server.url, policy="box") as client:
+    with any_client(live_server.url, policy="box") as client:
         assert client.describe()["policy"] == "box"
 
 
@@ -317,21 +292,52 @@ def test_of_several_policies_one_has_to_be_named(live_server, client_class):
         "http://localhost/v1/policies/p/compute_action",
     ],
 )
-def test_what_is_no_url_of_a_policy_is_a_usage_error(url: str, client_class):
+def test_what_is_no_url_of_a_policy_is_a_usage_error(url: str, any_client):
     with pytest.raises(UsageError):
-        client_class(url)
+        any_client(url)
+
+
+@pytest.mark.parametrize("client_class", [PolicyClient, AsyncPolicyClient])
+def test_an_unknown_encoding_is_a_usage_error(client_class: Any):
+    with pytest.raises(UsageError, match="'yaml', expected json or msgpack"):
+        client_class("http://127.0.0.1:1/v1/policies/p", encoding="yaml")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content_type"), [("json", "application/json"), ("msgpack", "application/msgpack")]
+)
+def test_both_encodings_travel_under_their_own_name(
+    live_server: LiveServer, discrete, monkeypatch, encoding: Any, content_type: str
+):
+    sent = []
+    request = http.client.HTTPConnection.request
+
+    def record(self: Any, method: str, url: str, body: Any = None, headers: Any = None) -> None:
+        sent.append((headers.get("content-type"), body))
+        request(self, method, url, body, headers)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "request", record)
+    observation = np.array([0.5, -1.25, 0.0, 2.0], np.float32)
+    with PolicyClient(live_server.policy_url("discrete"), encoding=encoding) as client:
+        action = client.compute_action(observation)
+    assert action == discrete.inputs(observation[None]).argmax()
+    (_, (found_type, body)) = sent
+    assert found_type == content_type
+    unpack = msgpack.unpackb if encoding == "msgpack" else json.loads
+    found = unpack(body)["observation"]
+    assert found == (observation.tobytes() if encoding == "msgpack" else observation.tolist())
 
 
 def test_a_name_and_a_prefix_are_taken_from_the_url(scripted):
     scripted.script(OK)
-    with PolicyClient(scripted.url.replace("/v1/policies/p", "/api/v1/policies/a%20b")) as client:
+    with json_client(scripted.url.replace("/v1/policies/p", "/api/v1/policies/a%20b")) as client:
         client.answer(REQUEST)
     assert scripted.requests[0][:2] == ("POST", "/api/v1/policies/a%20b/compute_action")
 
 
 def test_a_body_holds_only_what_was_asked_for(scripted):
     scripted.script(answer(200, DESCRIPTION), *[answer(200, {"actions": [1]})] * 2)
-    with PolicyClient(scripted.url) as client:
+    with json_client(scripted.url) as client:
         client.compute_actions(np.array([[0.5]], np.float32))
         client.compute_actions(
             np.array([[0.1]], np.float32),
@@ -363,7 +369,7 @@ class TestRetries:
     """`client.answer` sends one POST, so a script's steps are its attempts."""
 
     def call(self, scripted: ScriptedServer, **kwargs: Any) -> Any:
-        with PolicyClient(scripted.url, **kwargs) as client:
+        with json_client(scripted.url, **kwargs) as client:
             return client.answer(REQUEST)
 
     def test_an_overloaded_server_is_asked_again(self, scripted, pauses):
@@ -460,21 +466,21 @@ class TestRetries:
 
     def test_a_connection_that_the_server_closed_when_idle_is_no_failure(self, scripted, pauses):
         scripted.script(OK, OK, close_after=True)
-        with PolicyClient(scripted.url, max_retries=0) as client:
+        with json_client(scripted.url, max_retries=0) as client:
             assert client.answer(REQUEST) == client.answer(REQUEST) == {"action": 1}
         assert scripted.n_connections == 2
         assert pauses == []
 
     def test_a_connection_is_kept_for_the_next_request(self, scripted):
         scripted.script(*[OK] * 5)
-        with PolicyClient(scripted.url) as client:
+        with json_client(scripted.url) as client:
             for _ in range(5):
                 client.answer(REQUEST)
         assert scripted.n_connections == 1
 
     def test_a_server_that_hangs_is_given_up_after_the_timeout(self, scripted):
         scripted.script(HANG, OK)
-        with PolicyClient(scripted.url, timeout_s=0.05) as client:
+        with json_client(scripted.url, timeout_s=0.05) as client:
             with pytest.raises(DeadlineExceededError, match=r"within 0\.05 s"):
                 client.answer(REQUEST)
             assert len(scripted.requests) == 1
@@ -520,7 +526,7 @@ def test_a_stranger_s_list_of_policies_is_an_error_of_ours(scripted, client_clas
 
 def test_an_asynchronous_client_tries_again_too(scripted):
     scripted.script(answer(200, DESCRIPTION), problem("overloaded", 503), CLOSE, OK)
-    with AsyncInAThread(scripted.url, backoff_s=0.0) as client:
+    with async_json_client(scripted.url, backoff_s=0.0) as client:
         assert client.compute_action(np.zeros(4)) == 1
     assert len(scripted.requests) == 4
 
@@ -528,7 +534,7 @@ def test_an_asynchronous_client_tries_again_too(scripted):
 def test_an_asynchronous_client_gives_up_after_its_timeout(scripted):
     scripted.script(HANG)
     with (
-        AsyncInAThread(scripted.url, timeout_s=0.05) as client,
+        async_json_client(scripted.url, timeout_s=0.05) as client,
         pytest.raises(DeadlineExceededError),
     ):
         client.describe()
@@ -540,7 +546,7 @@ def test_an_asynchronous_client_without_a_server_is_a_connection_failure():
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/policies/p"
         with (
-            AsyncInAThread(url, max_retries=1, backoff_s=0.0) as client,
+            async_json_client(url, max_retries=1, backoff_s=0.0) as client,
             pytest.raises(ConnectionFailedError),
         ):
             client.describe()
@@ -559,6 +565,14 @@ def test_many_at_once_each_get_their_own_answer(live_server: LiveServer, discret
     np.testing.assert_array_equal(asyncio.run(main()), expected)
 
 
+def test_many_first_steps_at_once_ask_for_the_description_once(scripted):
+    scripted.script(answer(200, DESCRIPTION))
+    scripted.script(*[OK] * 8)
+    with async_json_client(scripted.url) as client:
+        assert client.gather("compute_action", [np.zeros(4)] * 8) == [1] * 8
+    assert [method for method, _, _ in scripted.requests].count("GET") == 1
+
+
 def test_threads_may_share_a_client(live_server: LiveServer, discrete):
     observations = discrete.observations(100)
     expected = discrete.inputs(observations).argmax(axis=1)
@@ -571,8 +585,8 @@ def test_threads_may_share_a_client(live_server: LiveServer, discrete):
 
 
 @pytest.mark.parametrize("dtype", [">f4", ">i4", np.longdouble])
-def test_numbers_of_any_byte_order_and_width_are_sent(live_server, client_class, dtype):
-    with client_class(live_server.policy_url("discrete")) as client:
+def test_numbers_of_any_byte_order_and_width_are_sent(live_server, any_client, dtype):
+    with any_client(live_server.policy_url("discrete")) as client:
         assert client.compute_action(np.zeros(4, dtype)) == client.compute_action(np.zeros(4))
 
 
@@ -637,13 +651,16 @@ def assert_of_space(found: Any, expected: Any, space: gym.Space[Any]) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("make", [json_client, msgpack_client, StreamClient])
 @pytest.mark.parametrize("action", ACTION_SPACES)
 @pytest.mark.parametrize("observation", OBSERVATION_SPACES)
-def test_any_space_is_stepped_as_gymnasium_gives_it(any_space, observation: str, action: str):
+def test_any_space_is_stepped_as_gymnasium_gives_it(
+    any_space, observation: str, action: str, make: Any
+):
     rows = sample(OBSERVATION_SPACES[observation], 3)
     space = ACTION_SPACES[action]
     expected = [action_of(space, total_of(row)) for row in rows]
-    with PolicyClient(any_space.policy_url(f"{observation}.{action}")) as client:
+    with make(any_space.policy_url(f"{observation}.{action}")) as client:
         assert_of_space(client.compute_action(rows[0]), expected[0], space)
         for observations in (rows, nested(rows)):
             output = client.compute_actions(observations, outputs=["q_values"])
@@ -660,12 +677,12 @@ def test_a_remote_policy_of_any_space_is_a_policy(any_space):
         assert isinstance(client, Policy)
 
 
-def test_a_loop_of_steps_carries_state_and_reward(any_space, client_class):
+def test_a_loop_of_steps_carries_state_and_reward(any_space, any_client):
     rows = [np.array([k / 4, 1.0], np.float32) for k in range(6)]
     remembered = 0.5  # as MEMORY starts
     state, reward = None, None
     space = ACTION_SPACES["dict"]
-    with client_class(any_space.policy_url("memory")) as client:
+    with any_client(any_space.policy_url("memory")) as client:
         for row in rows:
             remembered += total_of(row) + 10 * (reward or 0.0)
             action, state = client.step(row, state, reward)
@@ -682,9 +699,9 @@ def test_a_loop_of_steps_carries_state_and_reward(any_space, client_class):
         assert kept["a/b"][0] == remembered + total_of(rows[0])
 
 
-def test_the_states_of_many_are_given_back_whole_or_row_by_row(any_space, client_class):
+def test_the_states_of_many_are_given_back_whole_or_row_by_row(any_space, any_client):
     rows = np.array([[1, 0], [2, 0], [3, 0]], np.float32)
-    with client_class(any_space.policy_url("memory")) as client:
+    with any_client(any_space.policy_url("memory")) as client:
         first = client.compute_actions(rows)
         np.testing.assert_array_equal(first.state["total"], [1.5, 2.5, 3.5])
         assert first.state["frames"].shape == (3, 2, 3)
@@ -697,9 +714,9 @@ def test_the_states_of_many_are_given_back_whole_or_row_by_row(any_space, client
         np.testing.assert_array_equal(none.state["total"], first.state["total"])
 
 
-def test_masks_are_kept_by_one_and_by_many(any_space, client_class):
+def test_masks_are_kept_by_one_and_by_many(any_space, any_client):
     rows = np.zeros((3, 2), np.float32)
-    with client_class(any_space.policy_url("masked")) as client:
+    with any_client(any_space.policy_url("masked")) as client:
         # Zeros want the first action.
         assert client.compute_action(rows[0]) == 0
         assert client.compute_action(rows[0], action_mask=[0, 0, 1]) == 2
@@ -719,7 +736,7 @@ def test_a_reward_goes_only_to_a_policy_that_reads_it(scripted):
     for described, expected in ((DESCRIPTION, None), (takes, 1.5)):
         answers = [answer(200, {"action": 1}), answer(200, {"actions": [1]})]
         scripted.script(answer(200, described), *answers)
-        with PolicyClient(scripted.url) as client:
+        with json_client(scripted.url) as client:
             client.step(np.zeros(4), None, 1.5)
             client.compute_actions(np.zeros((1, 4)), rewards=np.array([1.5]))
         one, many = (json.loads(body) for _, _, body in scripted.requests[-2:])
@@ -782,15 +799,15 @@ def test_what_cannot_be_sent_is_refused_with_its_place(scripted, call, error, po
     space = {"type": "Dict", "spaces": {"a": BOX, "b~/": DISCRETE}}
     described = {**DESCRIPTION, "observation_space": space, "takes": {"reward": True}}
     scripted.script(answer(200, described))
-    with PolicyClient(scripted.url) as client:
+    with json_client(scripted.url) as client:
         with pytest.raises(error) as caught:
             call(client)
         assert caught.value.details["pointer"] == pointer
     assert [method for method, _, _ in scripted.requests] == ["GET"]
 
 
-def test_another_structure_is_left_to_the_server_to_name(any_space):
-    with PolicyClient(any_space.policy_url("dict.box")) as client:
+def test_another_structure_is_named_by_its_place(any_space, any_client):
+    with any_client(any_space.policy_url("dict.box")) as client:
         for wrong in (np.zeros(3), {"class": 1}, [1.0, 2.0]):
             with pytest.raises(InvalidObservationError) as caught:
                 client.compute_action(wrong)

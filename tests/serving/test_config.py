@@ -47,7 +47,7 @@ def test_an_empty_file_changes_nothing(yaml_file):
         ("port: many", "port = 'many'"),
         ("replicas: 0", "replicas = 0"),
         ("device: tpu", "device = 'tpu'"),
-        ("engine: jax", "'onnx', 'torchscript' or 'pt2'"),
+        ("engine: jax", "'onnx', 'torchscript', 'pt2' or 'auto'"),
         ("- port", "holds list, expected settings"),
         ("port", "holds str, expected settings"),
         ("port: [", "not readable as YAML"),

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from serving.bundle import GOLDEN, ONNX, PT2, TORCHSCRIPT, read_bundle, write_manifest
-from serving.engines.graph import GraphPolicy, load_graph
+from serving.engines.graph import GraphPolicy, load_graph, unmasked
 from serving.engines.onnx_engine import OnnxGraph
+from serving.engines.torch_engine import move_constants
 from serving.errors import (
     BundleError,
     InferenceError,
@@ -25,6 +26,7 @@ from serving.errors import (
 from serving.spaces import flatten
 from serving.verification import load_verified_policy, verify_graph
 from tests.bundles import OUTPUTS, box_policy, discrete_policy
+from tests.serving.torch_programs import write_pt2, write_torchscript
 from tests.tiny_policies import (
     TINY_POLICIES,
     dict_policy,
@@ -413,41 +415,6 @@ def test_sampling_without_noise_is_a_mistake_of_ours(graph_policies):
         )
 
 
-class Memory(torch.nn.Module):
-    """The twin of `memory_policy` in torch, for torch's own formats."""
-
-    def forward(self, observation, h, previous, reward, action_mask, noise):
-        h = 0.5 * h + observation
-        logits = h + 0.25 * reward[:, None] + 0.5 * previous
-        masked = torch.where(action_mask, logits, torch.finfo(torch.float32).min)
-        logp = torch.log_softmax(masked, dim=1)
-        found = []
-        for scores in (masked, masked + noise):
-            action = scores.argmax(dim=1)
-            found += [action, logp.gather(1, action[:, None])[:, 0]]
-        states = [torch.nn.functional.one_hot(found[i], 2).to(torch.float32) for i in (0, 2)]
-        return (*found, logits, h, *states)
-
-
-def example() -> tuple[torch.Tensor, ...]:
-    mask = torch.ones(3, 2, dtype=torch.bool)
-    return (*(torch.ones(3, 2) for _ in range(3)), torch.ones(3), mask, torch.zeros(3, 2))
-
-
-def write_torchscript(path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.trace(Memory(), example()).save(str(path))
-
-
-def write_pt2(path: Path) -> None:
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} for _ in range(6))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.export.save(torch.export.export(Memory(), example(), dynamic_shapes=shapes), path)
-
-
 @pytest.mark.parametrize(
     ("engine", "file", "write"),
     [("torchscript", TORCHSCRIPT, write_torchscript), ("pt2", PT2, write_pt2)],
@@ -487,8 +454,48 @@ def test_torch_without_a_gpu_is_a_configuration_error(tmp_path: Path, engine: An
     file = {"torchscript": TORCHSCRIPT, "pt2": PT2}[engine]
     (path / file).write_bytes(b"never read")
     write_manifest(path, memory_policy().facts(), [ONNX, GOLDEN, file])
-    with pytest.raises(ServingConfigError, match="no GPU"):
+    with pytest.raises(ServingConfigError, match="sees no GPU"):
         load_graph(read_bundle(path), engine, "cuda")
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torchscript", "pt2"])
+def test_the_bare_runtime_computes_what_the_engine_computes(tmp_path: Path, engine: Any):
+    path = memory_policy().save(tmp_path / "bundle")
+    write_torchscript(path / TORCHSCRIPT)
+    write_pt2(path / PT2)
+    write_manifest(path, memory_policy().facts(), [ONNX, GOLDEN, TORCHSCRIPT, PT2])
+    graph = load_graph(read_bundle(path), engine)
+    inputs = whole_inputs("memory", 7)
+    inputs["observation"] = np.asfortranarray(inputs["observation"])
+    for names in (("action",), ("next_state/h", "action"), memory_policy().outputs):
+        expected = graph.run(names, inputs)
+        call = graph.prepare(names, inputs)
+        for _ in range(2):  # it is called again and again
+            found: Any = call()
+            assert len(found) == len(names)
+            for name, values in zip(names, found, strict=True):
+                np.testing.assert_array_equal(values, expected[name])
+
+
+def test_the_bare_runtime_of_a_policy_without_masks_reads_none(tiny_policies):
+    graph = unmasked(tiny_policies["memory"].graph)
+    inputs = whole_inputs("memory", 5)
+    del inputs["action_mask"]
+    (action,) = graph.prepare(("action",), inputs)()
+    np.testing.assert_array_equal(action, graph.run(("action",), inputs)["action"])
+
+
+def test_a_traced_program_makes_its_tensors_where_it_runs(tmp_path: Path):
+    class Casting(torch.nn.Module):
+        def forward(self, x):
+            return x.to(device="cpu", dtype=torch.float32) + torch.ones(2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(Casting(), torch.zeros(3, 2).double()).save(str(tmp_path / "casting.pt"))
+        module = torch.jit.load(str(tmp_path / "casting.pt"))
+    move_constants(module, "meta")  # a device of every installation
+    assert module(torch.zeros(3, 2).double()).device.type == "meta"
 
 
 def test_an_image_stays_bytes_up_to_the_graph(tiny_policies):

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.bundle import PolicyManifest, read_bundle
-from serving.dialects.native import ComputeRequest, NativeCodec
+from serving.dialects.native import NativeCodec
 from serving.errors import PolicyServingError
 from serving.interface import PolicyOutput
+from serving.request import ComputeRequest
 from tests.bundles import box_policy, discrete_policy
 from tests.serving.numpy_policies import (
     ACTION_SPACES,

@@ -13,13 +13,7 @@ from typing import Any
 
 import pytest
 
-from serving import fast_lane
-from serving.fast_lane import (
-    ComputeActionHandler,
-    FastLaneMiddleware,
-    is_compute_action,
-    middlewares,
-)
+from serving.compute_action import ComputeActionHandler
 from tests.serving.conftest import LiveServer, Response, read_response, serving, wait_until
 
 GOOD = {"observation": [0.5, -1.0, 2.0, 3.0]}
@@ -299,17 +293,23 @@ def test_a_client_that_leaves_before_its_answer_harms_nobody(live_server: LiveSe
     assert live_server.post("discrete", GOOD).status == 200
 
 
-def test_an_unexpected_failure_is_a_plain_500_and_is_logged(bundles: dict[str, Path], caplog):
-    class Broken:
-        def encode(self, *_: Any, **__: Any) -> bytes:
-            raise ZeroDivisionError("a secret of the inside")
+@pytest.mark.parametrize("method", ["plain", "collect", "encode_each", "decode", "encode"])
+def test_an_unexpected_failure_is_a_plain_500_and_is_logged(
+    bundles: dict[str, Path], caplog, monkeypatch, method: str
+):
+    def broken(*_: Any, **__: Any) -> bytes:
+        raise ZeroDivisionError("a secret of the inside")
 
     def break_codec(services: Any) -> None:
-        codec = services.require("discrete").codec
-        codec.encode = Broken().encode
+        service = services.require("discrete")
+        # The lane has taken its codec's `plain` by now.
+        owner = service.dialects[None].lane if method == "plain" else service.codec
+        monkeypatch.setattr(owner, method, broken)
+
+    general = {"outputs": ["value"]} if method in ("decode", "encode") else {}
 
     with serving({"discrete": bundles["discrete"]}, wrap_services=break_codec) as server:
-        response = server.post("discrete", GOOD)
+        response = server.post("discrete", {**GOOD, **general})
         assert response.status == 500
         assert response.headers["content-type"] == "application/problem+json"
         assert b"secret" not in response.body
@@ -317,46 +317,17 @@ def test_an_unexpected_failure_is_a_plain_500_and_is_logged(bundles: dict[str, P
         wait_until(lambda: "a secret of the inside" in caplog.text, "the log entry")
 
 
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("/v1/policies/a/compute_action", True),
-        ("/v1/policies/a.b-c_d/compute_action", True),
-        ("/v1/policies/a/b/compute_action", False),
-        ("/v1/policies/a/compute_action/", False),
-        ("/v1/policies/a", False),
-        ("/v1/policies/compute_action", False),
-        ("/x/v1/policies/a/compute_action", False),
-        ("/", False),
-        ("", False),
-    ],
-)
-def test_the_fast_lane_knows_its_paths(path: str, expected: bool):
-    assert is_compute_action(path) == expected
-
-
-@pytest.mark.usefixtures("live_server")
-def test_what_is_no_compute_action_is_left_to_serve():
-    reached: list[str] = []
-
-    async def app(scope: Any, _: Any, __: Any) -> None:
-        reached.append(scope["path"])
-
-    async def nothing(*_: Any) -> Any:
-        raise AssertionError("the fast lane must not read or write")
-
-    middleware = FastLaneMiddleware(app)
-    scopes = [
-        {"type": "websocket", "path": PATH},
-        {"type": "lifespan", "path": PATH},
-        {"type": "http", "path": "/healthz"},
-    ]
-    for scope in scopes:  # with the live server's handler installed
-        asyncio.run(middleware(scope, nothing, nothing))
-    assert reached == [PATH, PATH, "/healthz"]
-
-
-def test_ray_is_given_the_one_middleware():
-    (entry,) = middlewares()
-    assert entry.cls is FastLaneMiddleware
-    assert callable(fast_lane.middlewares)
+def test_an_upgrade_behind_an_unanswered_request_is_refused_after_its_answer(
+    live_server: LiveServer,
+):
+    upgrade = (
+        b"GET /v1/policies/discrete/stream HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\n"
+        b"upgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    with live_server.connect() as connection:
+        connection.sendall(raw_request(BODY) + upgrade)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"400"]
