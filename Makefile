@@ -22,9 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/policyserve demo
 
-# Two workers: most of the suite's time is processes starting.
+# Two workers: most of the suite's time is processes starting. tests/conftest.py has the order.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-fast: install
 	$(BIN)/python -m pytest -m 'not slow'

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -135,37 +135,43 @@ def export(
 ) -> None:
     """Convert a checkpoint's policy to a bundle, if it is shown to act exactly as RLlib does."""
     chosen = _parse_formats(formats)
-    if config is not None and not safe:
-        raise UsageError("--config is what --safe builds the policy from; add --safe")
-    if safe and trust_checkpoint:
-        raise UsageError("--safe unpickles nothing, so there is nothing to trust; choose one")
-    agents = _parse_agents(agent or [])
+    _check_reading(is_safe=safe, config=config, trust=trust_checkpoint)
+    reading = (trust_checkpoint, safe, config, module_id, _parse_agents(agent or []))
+    writing = (chosen, deterministic_action.value, precision.value, tolerance)
     started = time.perf_counter()
+    written = _export(source, output, twins or [], reading, writing)
+    _print_written(written, as_json=as_json)
+    if not as_json:
+        duration_s = time.perf_counter() - started
+        _console.print(f"done in {duration_s:.1f} s; next: policyserve serve {output}")
+
+
+def _check_reading(*, is_safe: bool, config: str | None, trust: bool) -> None:
+    if config is not None and not is_safe:
+        raise UsageError("--config is what --safe builds the policy from; add --safe")
+    if is_safe and trust:
+        raise UsageError("--safe unpickles nothing, so there is nothing to trust; choose one")
+
+
+def _export(
+    source: Path, output: Path, twins: list[str], reading: tuple[Any, ...], writing: tuple[Any, ...]
+) -> dict[Path, PolicyManifest]:
+    """Write bundles; `reading` is of `SourceOptions`, `writing` of `ExportOptions`."""
     prepare_rllib()
-    for name in twins or []:
+    for name in twins:
         _import_twins(name)
     from export.convert import ExportOptions, SourceOptions, export_policies
 
-    written = export_policies(
-        source,
-        output,
-        SourceOptions(trust_checkpoint, safe, config, module_id, agents),
-        ExportOptions(
-            cast(Any, chosen),
-            cast(Any, deterministic_action.value),
-            cast(Any, precision.value),
-            tolerance,
-        ),
-    )
+    return export_policies(source, output, SourceOptions(*reading), ExportOptions(*writing))
+
+
+def _print_written(written: Mapping[Path, PolicyManifest], *, as_json: bool) -> None:
     if as_json:
         manifests = [dict(manifest.raw) for manifest in written.values()]
         print(json.dumps(manifests[0] if len(manifests) == 1 else manifests))
         return
     for path, manifest in written.items():
         _print_bundle(path, manifest)
-    _console.print(
-        f"done in {time.perf_counter() - started:.1f} s; next: policyserve serve {output}"
-    )
 
 
 def _print_bundle(path: Path, manifest: PolicyManifest) -> None:

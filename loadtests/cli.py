@@ -118,12 +118,20 @@ def loadtest(
         timeout_s=timeout_s,
     )
     limits = Limits(max_p99_ms, max_error_rate, allow_rejected, max_memory_growth_mb_per_h)
-    plans = _steps(plan, sweep, sweep_rates)
+    _run(_steps(plan, sweep, sweep_rates), output, limits, as_json=as_json)
+
+
+def _run(plans: list[LoadPlan], output: Path, limits: Limits, *, as_json: bool) -> None:
+    """Run all steps and print what came out.
+
+    Raises:
+        LoadTestError: A limit is broken.
+    """
     summary = run_loadtest(plans, output, limits=limits, on_step=_tell_of(plans, as_json))
     if as_json:
         print(json.dumps(summary))
     else:
-        _console.print(summary_table(url, summary))
+        _console.print(summary_table(plans[0].url, summary))
         for line in remarks(summary):
             _console.print(line, markup=False)
         _console.print(f"report: {output / 'report.html'}", markup=False)

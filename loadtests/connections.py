@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol, cast
@@ -226,9 +225,12 @@ class Dialler:
         """
         loop = asyncio.get_running_loop()
         tls = ssl.create_default_context() if self.endpoint.scheme == "https" else None
-        make: Callable[[], Connection] = lambda: HttpConnection(owner, self.messages)  # noqa: E731
-        if self.is_stream:
-            make = lambda: StreamConnection(owner, self.messages, self.endpoint)  # noqa: E731
+
+        def make() -> Connection:
+            if self.is_stream:
+                return StreamConnection(owner, self.messages, self.endpoint)
+            return HttpConnection(owner, self.messages)
+
         dialled: Any = loop.create_connection(make, self.endpoint.host, self.endpoint.port, ssl=tls)
         _, connection = await asyncio.wait_for(dialled, self.timeout_s)
         assert isinstance(connection, Connection)

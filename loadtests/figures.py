@@ -72,7 +72,7 @@ def figures(steps: Sequence[Step], told: Sequence[Mapping[str, Any]]) -> dict[st
 def to_svg(figure: Figure) -> str:
     """A figure as an element for a page of HTML."""
     buffer = io.StringIO()
-    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+    with mpl.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are literals
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -19,6 +19,9 @@ from serving.bundle import Bundle, read_bundle
 from serving.errors import UsageError
 from serving.inspection import interface_rows, origin_rows
 from serving.spaces import describe_space
+
+if TYPE_CHECKING:  # pydantic is not needed by the commands that only ask
+    from serving.config import PolicySource, ServingConfig
 
 _console = Console(highlight=False, soft_wrap=True)
 
@@ -140,7 +143,7 @@ def serve(
     ] = None,
     device: Annotated[
         Device | None,
-        typer.Option(help="Where inference runs [cpu]; auto: what is timed as the fastest."),
+        typer.Option(help="Where inference runs [auto: what is timed as the fastest]."),
     ] = None,
     engine: Annotated[
         Engine | None,
@@ -170,9 +173,7 @@ def serve(
     vectors before anything starts, and again in every replica.
     """
     from serving.config import build_config
-    from serving.hot_protocol import fits
     from serving.repository import find_policies
-    from serving.server import StopSignals, running_server
 
     flags = {
         "host": host,
@@ -190,7 +191,14 @@ def serve(
         "ray_address": ray_address,
     }
     settings = build_config(config, flags)
-    policies = find_policies(sources, name=name)
+    _serve(find_policies(sources, name=name), settings)
+
+
+def _serve(policies: list[PolicySource], settings: ServingConfig) -> None:
+    """Start, say so, and end with the first signal."""
+    from serving.server import StopSignals, running_server
+    from serving.uvicorn_fit import fits
+
     signals = StopSignals()
     try:
         with running_server(policies, settings) as server:

@@ -51,7 +51,7 @@ class ServingConfig(BaseModel):
     """Most processes; None: always `replicas`. With more, Serve starts and stops some by load."""
     target_utilization: float = Field(default=0.7, gt=0, le=1)
     """The share of a core that each replica should be busy, where their number follows the load."""
-    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where inference runs; auto times what is there at the start and takes the fastest."""
     engine: Literal["onnx", "torchscript", "pt2", "auto"] = "onnx"
     """The runtime; auto times what there is. TorchScript and pt2 files are programs: only for

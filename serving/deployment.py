@@ -28,7 +28,8 @@ from serving.dialects.open_inference.grpc_service import (
     start_grpc_server,
 )
 from serving.engines.graph import DeviceName
-from serving.hot_protocol import HotRoutes, sweep
+from serving.hot_protocol import sweep
+from serving.hot_routes import HotRoutes
 from serving.public_server import PublicServer, install_in_serve
 from serving.service import load_services
 from serving.stream import StreamRegistry, StreamSettings

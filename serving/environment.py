@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from serving import haproxy_launcher
+from serving import haproxy_launcher, ray_hooks
+from serving.errors import PolicyServingError
 from serving.reaper import RUNTIME_DIR_VARIABLE
 
 _RUNTIME_PREFIX = "psv-"
@@ -23,8 +24,28 @@ _LOCK = "lock"
 # Where in it the replicas of a machine share their counts.
 METRICS_DIR = "metrics"
 
+# Behind HAProxy a server has a block of these ports, below those that the kernel gives to outgoing
+# connections and apart from those of Ray's workers and of replicas' HTTP.
+_PORTS = range(20_000, 29_984)
+_PORT_BLOCK = 64
+_NAMED_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    # Of the proxy that HAProxy turns to while there is no replica.
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
+
 # What a replica reads itself, and so has to have also on a cluster that others started.
 REPLICA_VARIABLES = ("OMP_NUM_THREADS",)
+
+
+class PortInUseError(PolicyServingError):
+    """Somebody listens on a port that this server needs."""
+
+    code = "port_in_use"
+    title = "Port in use"
+    http_status = None
 
 
 def switches(n_cores: int, ingress: str = "haproxy") -> dict[str, str]:
@@ -113,7 +134,7 @@ def private_cluster(runtime_dir: Path, host: str, ingress: str = "haproxy") -> d
     (runtime_dir / METRICS_DIR).mkdir()
     values = {RUNTIME_DIR_VARIABLE: str(runtime_dir)}
     if ingress == "haproxy":
-        values |= _haproxy_variables(runtime_dir / "h", host)
+        values |= _haproxy_variables(runtime_dir / "h", host) | _port_block()
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray's token authentication, with a token of this server's own: without one Ray writes a
         # token into the user's home, and without authentication any local user rules the cluster.
@@ -129,11 +150,42 @@ def _haproxy_variables(haproxy_dir: Path, host: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy_dir),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy_dir / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy_dir / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("127.0.0.1")),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
+        ray_hooks.GRPC_HOST_VARIABLE: host,
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": ray_hooks.IMPORT_PATH,
     }
     launcher = _write_launcher(haproxy_dir, host)
     return values if launcher is None else {**values, **launcher}
+
+
+def _port_block() -> dict[str, str]:
+    """The ports of one server's own behind its public one, in a block that no other server has.
+
+    By default every Serve takes the same ports, and those of its gRPC servers and its proxies are
+    shared with whoever else has them (SO_REUSEPORT; Ray turns it off for a replica's gRPC server
+    with a string, where gRPC reads integers alone): two servers of one machine would answer each
+    other's callers.
+    """
+    for first in range(_PORTS.start, _PORTS.stop, _PORT_BLOCK):
+        guard = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        named = range(first + 1, first + 1 + len(_NAMED_PORTS))
+        try:
+            guard.bind(("127.0.0.1", first))
+            is_free = all(port_is_free("127.0.0.1", port) for port in named)
+        except OSError:  # another server's block
+            is_free = False
+        if not is_free:
+            guard.close()
+            continue
+        guard.detach()  # bound until this process ends
+        grpc = {"MIN": named.stop, "MAX": first + _PORT_BLOCK - 1}
+        return {
+            **{name: str(port) for name, port in zip(_NAMED_PORTS, named, strict=True)},
+            **{f"RAY_SERVE_DIRECT_INGRESS_{k}_GRPC_PORT": str(port) for k, port in grpc.items()},
+        }
+    raise PortInUseError(
+        f"no {_PORT_BLOCK} ports in a row are free from {_PORTS.start} to {_PORTS.stop - 1}, "
+        "which a server behind HAProxy needs; stop other servers, or use --ingress direct"
+    )
 
 
 def _write_launcher(directory: Path, host: str) -> dict[str, str] | None:

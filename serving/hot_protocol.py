@@ -12,168 +12,39 @@ A request costs a few microseconds here; through ASGI and a web framework it cos
 here: POST to a served policy, of a known media type, with a length within the limit, on a
 connection that stays open. Everything else is left to uvicorn and the application.
 
-This leans on uvicorn's internals: `fits` says whether they are as they were when this was written.
+This leans on uvicorn's internals: `serving.uvicorn_fit` says whether they are as they were when
+this was written.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serving.batching import Pending
-from serving.compute_action import PREFIX, SUFFIX, request_ids
-from serving.service import Answer, Dialect, PolicyService, PolicyServices, unexpected_answer
+from serving.compute_action import dialect_of
+from serving.errors import UnsupportedMediaTypeError
+from serving.hot_call import HotCall
+from serving.hot_routes import HotRoutes, Target
+from serving.service import unexpected_answer
 
 logger = logging.getLogger("policyserve")
 
 # Unanswered requests on one connection before it is not read any more, and when it is again.
 _MOST_UNANSWERED = 128
 _FEW_UNANSWERED = 32
-_MOST_HEADS = 1024
 _LONGEST_HEAD = 1024
 _LONGEST_ID = 128
+# What changes how a body is framed, or who answers.
+_NOT_HOT = (b"transfer-encoding", b"expect", b"upgrade")
 _MID_BLANK = b"\r\n\r\n"
 _Headers = list[tuple[bytes, bytes]]
-
-
-@dataclass(frozen=True)
-class _Target:
-    """Where requests with a certain head go, and how long their body is."""
-
-    service: PolicyService
-    dialect: Dialect
-    length: int
-
-
-@dataclass
-class HotRoutes:
-    """What the connections of one server share.
-
-    Attributes:
-        services: The policies.
-        max_body_bytes: A longer body is left to the application, which refuses it.
-        keep_alive_s: How long a connection may be idle.
-        receive_timeout_s: How long a request may take to arrive.
-        open_stream: Makes the protocol that takes a connection over to WebSocket; None for a
-            request that is none of ours.
-    """
-
-    services: PolicyServices
-    max_body_bytes: int
-    keep_alive_s: float = 75.0
-    receive_timeout_s: float = 30.0
-    open_stream: Callable[[bytes], asyncio.Protocol | None] = lambda _: None
-    request_ids: Iterator[bytes] = field(default_factory=request_ids)
-    # Heads that uvicorn's parser took, byte for byte, and what they mean.
-    heads: dict[bytes, _Target] = field(default_factory=dict)
-    by_path: dict[bytes, PolicyService] = field(default_factory=dict)
-    connections: set[HotProtocol] = field(default_factory=set)
-    _headers: Any = None
-    _written: dict[bytes, bytes] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.by_path = {
-            f"{PREFIX}{service.name}{SUFFIX}".encode(): service for service in self.services
-        }
-
-    def remember(self, head: bytes, target: _Target) -> None:
-        """Take requests with the same head without parsing it again."""
-        if len(self.heads) >= _MOST_HEADS:
-            self.heads.clear()
-        self.heads[head] = target
-
-    def ok_head(self, content_type: bytes, headers: _Headers) -> bytes:
-        """A 200's head up to the request id, with the server's own headers (`date`)."""
-        if headers is not self._headers:
-            self._headers = headers  # uvicorn makes a new list every second
-            self._written = {}
-        written = self._written.get(content_type)
-        if written is None:
-            own = b"".join(b"%b: %b\r\n" % header for header in headers)
-            written = b"HTTP/1.1 200 OK\r\n%bcontent-type: %b\r\nx-request-id: " % (
-                own,
-                content_type,
-            )
-            self._written[content_type] = written
-        return written
-
-
-class _Call:
-    """One request on a connection, and its answer when it is there."""
-
-    __slots__ = (
-        "arrived",
-        "body",
-        "content_type",
-        "is_gone",
-        "pending",
-        "protocol",
-        "request_id",
-        "response",
-    )
-
-    def __init__(
-        self, protocol: HotProtocol, body: bytes, content_type: bytes, request_id: bytes | None
-    ) -> None:
-        self.protocol = protocol
-        self.body = body
-        self.content_type = content_type
-        self.request_id = request_id
-        self.arrived = time.perf_counter()
-        self.is_gone = False
-        self.response: bytes | None = None
-        self.pending: Pending | None = None
-
-    def age_s(self) -> float:
-        """Seconds since the request was read."""
-        return time.perf_counter() - self.arrived
-
-    def succeed(self, body: bytes) -> None:
-        """Answer with 200."""
-        protocol = self.protocol
-        routes = protocol.routes
-        self.response = b"%b%b\r\ncontent-length: %d\r\n\r\n%b" % (
-            routes.ok_head(self.content_type, protocol.server_state.default_headers),
-            self.request_id or next(routes.request_ids),
-            len(body),
-            body,
-        )
-        protocol.answered(self)
-
-    def reply(self, answer: Answer) -> None:
-        """Answer with any status, if it is not answered."""
-        if self.response is not None:
-            return
-        protocol = self.protocol
-        headers = [
-            *protocol.server_state.default_headers,
-            (b"content-type", answer.content_type),
-            (b"x-request-id", self.request_id or next(protocol.routes.request_ids)),
-            (b"content-length", b"%d" % len(answer.body)),
-            *answer.headers,
-        ]
-        lines = [b"%b: %b\r\n" % header for header in headers]
-        self.response = b"".join([STATUS_LINE[answer.status], *lines, b"\r\n", answer.body])
-        protocol.answered(self)
-
-    def leave(self) -> None:
-        """The caller is gone: compute nothing more for it."""
-        self.is_gone = True
-        if self.pending is not None:
-            self.pending.cancel()
 
 
 class _Before:
@@ -209,15 +80,16 @@ class HotProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._calls: deque[_Call] = deque()
+        self._calls: deque[HotCall] = deque()
         self._running: RequestResponseCycle | None = None  # the ordinary request that is answered
         self._is_between = True  # no part of a request has been read
         self._is_closing = False
         self._is_over = False  # whatever else arrives is nobody's
         self._refusal: str | None = None  # what ends the connection after the answers
         self._raw_head: bytes | None = None
+        self._declined = b""  # the head of a request for another protocol, without that wish
         # The request that is being parsed, if it is ours.
-        self._target: _Target | None = None
+        self._target: Target | None = None
         self._request_id: bytes | None = None
         self._parts: list[bytes] = []
         self._last_read = self._began = time.monotonic()
@@ -243,7 +115,34 @@ class HotProtocol(HttpToolsProtocol):
                 return
             end = data.find(_MID_BLANK, 0, _LONGEST_HEAD)
             self._raw_head = data[:end] if end >= 0 else None
-        super().data_received(data)
+        self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as exc:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+            elif self._declined:
+                self._start_over(data[exc.args[0] :])
+
+    def _start_over(self, rest: bytes) -> None:
+        """Answer a request that asks for a protocol we don't speak as if it had not asked.
+
+        A server may go on in HTTP/1.1 (RFC 9110, 7.8). The parser would take the body for the other
+        protocol's bytes, so a new one is given the request without the question.
+
+        Args:
+            rest: What was read behind the request's head.
+        """
+        head, self._declined = self._declined, b""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self._raw_head = None
+        self._is_between = True
+        self._parse(head + rest)
 
     def _take_known(self, data: bytes) -> bytes:
         """Answer the whole requests at the start whose heads are known; return what is left."""
@@ -278,6 +177,10 @@ class HotProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Take a request that is ours, and leave every other to uvicorn."""
+        if self.parser.should_upgrade() and not self._should_upgrade():
+            self._declined = self._without_upgrade()
+            if self._declined:
+                return
         self._target = None if self._is_ordinary_busy() else self._match()
         if self._target is not None:
             self._parts = []
@@ -288,32 +191,48 @@ class HotProtocol(HttpToolsProtocol):
             self.cycle = _Before()  # type: ignore[assignment]
         super().on_headers_complete()
         if self.parser.should_upgrade() and not self._should_upgrade():
-            # The parser takes no body of such a request, so what follows has no meaning.
+            # CONNECT: what follows is not HTTP.
             self.cycle.keep_alive = False
             self._is_over = True
 
-    def _match(self) -> _Target | None:
+    def _without_upgrade(self) -> bytes:
+        """The head that was read, but for its wish for another protocol; empty if it has none."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        is_asked = False
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b", ".join(
+                    option
+                    for option in map(bytes.strip, value.split(b","))
+                    if option.lower() not in (b"upgrade", b"http2-settings")
+                )
+            is_asked = is_asked or name == b"upgrade"
+            if name not in (b"upgrade", b"http2-settings") and (value or name != b"connection"):
+                lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join([*lines, b"", b""]) if is_asked else b""
+
+    def _match(self) -> Target | None:
         service = self.routes.by_path.get(self.url)
         parser = self.parser
         if service is None or parser.get_method() != b"POST" or self._is_closing:
             return None
         if parser.get_http_version() != "1.1" or not parser.should_keep_alive():
             return None
-        length = content_type = self._request_id = None
-        for name, value in self.headers:
-            if name == b"content-length":
-                length = value
-            elif name == b"content-type":
-                content_type = value
-            elif name == b"x-request-id":
-                self._request_id = value[:_LONGEST_ID]
-                self._raw_head = None  # every such head differs
-            elif name in (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"):
-                return None
-        dialect = service.dialects.get(content_type)
-        if length is None or dialect is None or int(length) > self.routes.max_body_bytes:
+        headers = dict(self.headers)  # of several alike the last one, as in the application
+        length = headers.get(b"content-length")
+        if length is None or not headers.keys().isdisjoint(_NOT_HOT):
             return None
-        return _Target(service, dialect, int(length))
+        if int(length) > self.routes.max_body_bytes:
+            return None
+        self._request_id = headers.get(b"x-request-id", b"")[:_LONGEST_ID] or None
+        if b"x-request-id" in headers:
+            self._raw_head = None  # every such head differs
+        media_type, encoding = headers.get(b"content-type"), headers.get(b"content-encoding")
+        try:
+            return Target(service, dialect_of(service, media_type, encoding), int(length))
+        except UnsupportedMediaTypeError:
+            return None  # the application says why
 
     def on_body(self, body: bytes) -> None:
         """Keep a part of a body."""
@@ -324,6 +243,8 @@ class HotProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Answer a request that has arrived."""
+        if self._declined:
+            return
         target, raw_head = self._target, self._raw_head
         self._is_between = True
         self._target = self._raw_head = None
@@ -341,9 +262,9 @@ class HotProtocol(HttpToolsProtocol):
             raw_head.count(b"\n") == raw_head.count(b"\r\n") == len(self.headers)
         )
 
-    def _call(self, target: _Target, body: bytes, request_id: bytes | None) -> None:
+    def _call(self, target: Target, body: bytes, request_id: bytes | None) -> None:
         dialect = target.dialect
-        call = _Call(self, body, dialect.content_type, request_id)
+        call = HotCall(self, body, dialect.content_type, request_id)
         self._calls.append(call)
         if len(self._calls) == _MOST_UNANSWERED:
             self.flow.pause_reading()
@@ -360,7 +281,7 @@ class HotProtocol(HttpToolsProtocol):
 
     # --- writing ---
 
-    def answered(self, call: _Call) -> None:
+    def answered(self, call: HotCall) -> None:
         """Write what can be written: answers go out in the order of their requests."""
         calls = self._calls
         if call.is_gone or not calls or calls[0] is not call or self.transport.is_closing():
@@ -514,53 +435,6 @@ _TOO_SLOW = (
 def bound(routes: HotRoutes) -> type[HotProtocol]:
     """The protocol class of one server, for `uvicorn.Config(http=...)`."""
     return type("BoundHotProtocol", (HotProtocol,), {"routes": routes})
-
-
-def fits() -> str | None:
-    """Why this uvicorn's class cannot be extended as it is here; None where it can."""
-    for name, parameters in _METHODS.items():
-        method = getattr(HttpToolsProtocol, name, None)
-        if method is None:
-            return f"uvicorn's HttpToolsProtocol has no {name}"
-        if list(inspect.signature(method).parameters) != ["self", *parameters]:
-            return f"uvicorn's HttpToolsProtocol.{name} takes other arguments"
-    for owner, attributes in ((HttpToolsProtocol, _ATTRIBUTES), (RequestResponseCycle, _OF_CYCLE)):
-        missing = attributes - _names_in(owner)
-        if missing:
-            return f"uvicorn's {owner.__name__} has no {min(missing)}"
-    return None
-
-
-def _names_in(owner: type) -> set[str]:
-    """Every name that a class's own methods use."""
-    codes = [value.__code__ for value in vars(owner).values() if inspect.isfunction(value)]
-    return {name for code in codes for name in code.co_names}
-
-
-# Of `HttpToolsProtocol`, what is overridden or called here, with the parameters after `self`.
-_METHODS = {
-    "_should_upgrade": (),
-    "_start_asgi_task": ("cycle", "app"),
-    "_unset_keepalive_if_required": (),
-    "connection_lost": ("exc",),
-    "connection_made": ("transport",),
-    "data_received": ("data",),
-    "handle_websocket_upgrade": (),
-    "on_body": ("body",),
-    "on_headers_complete": (),
-    "on_message_begin": (),
-    "on_message_complete": (),
-    "on_response_complete": (),
-    "pause_writing": (),
-    "resume_writing": (),
-    "send_400_response": ("msg",),
-    "shutdown": (),
-}
-_ATTRIBUTES = {
-    *("connections", "cycle", "flow", "headers", "parser", "pipeline", "server_state"),
-    *("timeout_keep_alive_task", "transport", "url"),
-}
-_OF_CYCLE = {"keep_alive", "message_event", "more_body", "response_complete"}
 
 
 async def sweep(routes: HotRoutes, *, interval_s: float = 1.0) -> None:

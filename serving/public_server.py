@@ -17,7 +17,9 @@ from typing import Any
 import uvicorn
 import uvicorn.config
 
-from serving.hot_protocol import HotProtocol, HotRoutes, bound, fits
+from serving.hot_protocol import HotProtocol, bound
+from serving.hot_routes import HotRoutes
+from serving.uvicorn_fit import fits
 
 _BACKLOG = 4096
 _GRACE_S = 5

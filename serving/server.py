@@ -27,6 +27,7 @@ from serving.bundle import read_bundle
 from serving.config import PolicySource, ServingConfig
 from serving.engines.choice import EngineChoice, choose
 from serving.engines.graph import load_graph
+from serving.environment import PortInUseError
 from serving.errors import PolicyServingError, ServingConfigError
 from serving.public_server import shared_socket
 from serving.reaper import RUNTIME_DIR_VARIABLE, reaped
@@ -35,14 +36,6 @@ from serving.verification import verify_graph
 _READY_DEADLINE_S = 120.0
 # Shared memory for Ray's objects; requests never go through it.
 _OBJECT_STORE_BYTES = 128 * 2**20
-
-
-class PortInUseError(PolicyServingError):
-    """Somebody listens on the public port already."""
-
-    code = "port_in_use"
-    title = "Port in use"
-    http_status = None
 
 
 class ServerFailedError(PolicyServingError):

@@ -107,7 +107,6 @@ class PolicyService:
         settings = {"max_observations_per_request": config.max_observations_per_request}
         self.codec = NativeCodec(source.name, source.version, policy.manifest, **settings)
         self.binary = BinaryCodec(source.name, source.version, policy.manifest, **settings)
-        self.binary = BinaryCodec(source.name, source.version, policy.manifest, **settings)
         self._mask_starts = _mask_starts(policy.manifest.action_space)
         self._server_metrics = metrics
         self._metrics = PolicyMetrics(

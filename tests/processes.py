@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -17,8 +18,9 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
-READY_S = 90.0
+from tests.preloaded import ROOT, Preloaded
+
+READY_S = 120.0
 STOP_S = 60.0
 
 
@@ -26,18 +28,56 @@ def command(arguments: Sequence[str | Path]) -> list[str]:
     return [sys.executable, "-m", "policyserve", *map(str, arguments)]
 
 
+# Those that import RLlib, which takes most of the time of a short run.
+_PRELOADED_VERBS = ("train", "export", "evaluate")
+_preloaded = Preloaded()
+atexit.register(_preloaded.stop)
+
+
 def policyserve(
-    *arguments: str | Path, timeout_s: float = 240.0, env: Mapping[str, str] | None = None
+    *arguments: str | Path,
+    timeout_s: float = 240.0,
+    env: Mapping[str, str] | None = None,
+    in_new_interpreter: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command to its end.
+
+    Args:
+        arguments: What follows `policyserve`.
+        timeout_s: After this it is killed.
+        env: Environment variables beside this process's own.
+        in_new_interpreter: Start Python anew, as a user does, also where the command would be
+            forked from `tests.preloaded`: for tests that look at what an import says or does.
+    """
+    if arguments[0] not in _PRELOADED_VERBS or {"-h", "--help"} & set(map(str, arguments)):
+        in_new_interpreter = True
+    return python(
+        *("-m", "policyserve", *arguments),
+        timeout_s=timeout_s,
+        env=env,
+        in_new_interpreter=in_new_interpreter,
+    )
+
+
+def python(
+    *arguments: str | Path,
+    timeout_s: float = 240.0,
+    env: Mapping[str, str] | None = None,
+    in_new_interpreter: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ...` or `python -c CODE ...`, which import RLlib, to its end."""
+    words = list(map(str, arguments))
+    environment = {**os.environ, **(env or {})}
+    if not in_new_interpreter:
+        return _preloaded.run(words, cwd=ROOT, env=environment, timeout_s=timeout_s)
     return subprocess.run(
-        command(arguments),
+        [sys.executable, *words],
         capture_output=True,
         text=True,
         timeout=timeout_s,
         check=False,
         cwd=ROOT,
-        env={**os.environ, **(env or {})},
+        env=environment,
     )
 
 
@@ -58,7 +98,7 @@ def refuse(*arguments: str | Path, exit_code: int, **options: Any) -> str:
     return lines[0]
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
     """Wait for a condition with a deadline."""
     deadline = time.monotonic() + timeout_s
     pause = threading.Event()

@@ -44,7 +44,10 @@ HOMES = {
         "loadtests/ladder/",
     ),
     "locust": ("loadtests/locustfile.py",),
-    "ray.serve": ("serving/deployment.py", "serving/server.py", "loadtests/peers/"),
+    "ray.serve": (
+        *("serving/deployment.py", "serving/server.py", "serving/ray_hooks.py"),
+        "loadtests/peers/",
+    ),
 }
 
 

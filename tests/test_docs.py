@@ -96,7 +96,7 @@ def test_the_example_settings_are_valid() -> None:
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(arguments: tuple[str, ...]) -> None:
-    refuse(*arguments, exit_code=2)
+    refuse(*arguments, exit_code=2, in_new_interpreter=True)
 
 
 def test_help_and_version_need_nothing() -> None:

@@ -61,6 +61,11 @@ class ServerProcess:
         if code is not None:
             raise LoadTestError(f"the server ended with exit {code}: {self.last_line()}")
 
+    def wait(self, timeout_s: float) -> None:
+        """Wait for its end, at most so long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout_s)
+
     def last_line(self) -> str:
         """The last line of its output."""
         lines = self._log.read_text(errors="replace").strip().splitlines()

@@ -172,7 +172,7 @@ def _wait_until_ready(
                     f"no action within {_READY_S:.0f} s: {exc.message}; "
                     f"its last words: {server.last_line()}"
                 ) from exc
-            time.sleep(_POLL_S)
+            server.wait(_POLL_S)
 
 
 def _check_actions(target: Target, policy: ServedPolicy, port: int) -> None:

@@ -32,7 +32,7 @@ class _Policy:
 class SinglePolicy(_Policy):
     """One request at a time."""
 
-    @bentoml.api(route="/compute_action")  # type: ignore[untyped-decorator]
+    @bentoml.api(route="/compute_action")  # type: ignore[untyped-decorator]  # its library has no types
     async def compute_action(self, observation: list[float]) -> dict[str, int]:
         """One action."""
         return {"action": int(self._run([observation])[0])}
@@ -42,7 +42,7 @@ class SinglePolicy(_Policy):
 class BatchedPolicy(_Policy):
     """As many requests at a time as BentoML collects."""
 
-    @bentoml.api(  # type: ignore[untyped-decorator]
+    @bentoml.api(  # type: ignore[untyped-decorator]  # its library has no types
         route="/compute_action",
         batchable=True,
         max_batch_size=max(2, _BATCH_SIZE),

@@ -12,14 +12,14 @@ import numpy as np
 import onnxruntime
 
 
-class PolicyAPI(litserve.LitAPI):  # type: ignore[misc]
+class PolicyAPI(litserve.LitAPI):  # type: ignore[misc]  # its library has no types
     """The policy in LitServe's worker process; LitServe calls these methods by name."""
 
     def __init__(self, model: str, **options: Any) -> None:
         super().__init__(**options)
         self._model = model
 
-    def setup(self, device: str) -> None:  # noqa: ARG002
+    def setup(self, device: str) -> None:  # noqa: ARG002  # LitServe's own signature
         """Load the model."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1

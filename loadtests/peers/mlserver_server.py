@@ -17,7 +17,7 @@ from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
 from mlserver.utils import install_uvloop_event_loop
 
 
-class PolicyRuntime(MLModel):  # type: ignore[misc]
+class PolicyRuntime(MLModel):  # type: ignore[misc]  # its library has no types
     """The policy as MLServer's runtime."""
 
     async def load(self) -> bool:

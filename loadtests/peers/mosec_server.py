@@ -15,7 +15,7 @@ import orjson
 from mosec import Server, Worker
 
 
-class Policy(Worker):  # type: ignore[misc]
+class Policy(Worker):  # type: ignore[misc]  # its library has no types
     """The policy in mosec's worker process."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ def main() -> None:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options)
 
-    @batch  # type: ignore[untyped-decorator]
+    @batch  # type: ignore[untyped-decorator]  # its library has no types
     def compute_actions(observation: Any) -> dict[str, Any]:
         return {"action": session.run(["action"], {"observation": observation})[0][:, None]}
 

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from serving.dialects.binary_answers import AnswerEncoder, with_id
 from serving.dialects.columns import ColumnCodec, box, placing
 from serving.dialects.native import COMMON_FIELDS
-from serving.dialects.rows import state_space, what_and_where
+from serving.dialects.rows import not_exactly_one, state_space, what_and_where, wrong_count
 from serving.errors import (
-    BatchTooLargeError,
     InvalidRequestError,
     MalformedRequestError,
     PolicyServingError,
@@ -168,26 +167,14 @@ class BinaryCodec:
         """n, whether it is `observation`, and the graph's inputs."""
         is_single = parsed.observation is not UNSET
         if is_single == (parsed.observations is not UNSET):
-            raise InvalidRequestError(
-                f"found {'both' if is_single else 'neither'} of `observation` (for one action) and "
-                "`observations` (for many), expected exactly one",
-                pointer="",
-            )
+            raise not_exactly_one(has_both=is_single)
         place = "/observation" if is_single else "/observations"
         parts = self._observations.find(
             parsed.observation if is_single else parsed.observations, place
         )
         n = 1 if is_single else self._observations.count(parts, place)
-        if n == 0:
-            raise InvalidRequestError(
-                "`observations` is empty, expected at least one", pointer="/observations"
-            )
-        if n > self._max_observations:
-            raise BatchTooLargeError(
-                f"found {n} observations, at most {self._max_observations} are taken in one "
-                "request; send several",
-                pointer="/observations",
-            )
+        if not 0 < n <= self._max_observations:
+            raise wrong_count(n, self._max_observations)
         self._observations.check_lengths(parts, n, place)
         arrays = self._observations.arrays(parts, n, "/observations", is_single=is_single)
         return n, is_single, arrays

@@ -19,9 +19,15 @@ from numpy.typing import NDArray
 
 from serving.conforming import conform_observations
 from serving.dialects.beside import BesideCodec
-from serving.dialects.rows import RowCodec, place, placed, what_and_where
+from serving.dialects.rows import (
+    RowCodec,
+    not_exactly_one,
+    place,
+    placed,
+    what_and_where,
+    wrong_count,
+)
 from serving.errors import (
-    BatchTooLargeError,
     InvalidObservationError,
     InvalidRequestError,
     MalformedRequestError,
@@ -168,25 +174,12 @@ class NativeCodec:
 
     def _rows(self, request: Any) -> tuple[Any, bool]:
         if (request.observation is UNSET) == (request.observations is UNSET):
-            found = "neither" if request.observation is UNSET else "both"
-            raise InvalidRequestError(
-                f"found {found} of `observation` (for one action) and `observations` (for many), "
-                "expected exactly one",
-                pointer="",
-            )
+            raise not_exactly_one(has_both=request.observation is not UNSET)
         if request.observation is not UNSET:
             return [request.observation], True
         n = len(request.observations)
-        if n == 0:
-            raise InvalidRequestError(
-                "`observations` is empty, expected at least one", pointer="/observations"
-            )
-        if n > self._max_observations:
-            raise BatchTooLargeError(
-                f"found {n} observations, at most {self._max_observations} are taken in one "
-                "request; send several",
-                pointer="/observations",
-            )
+        if not 0 < n <= self._max_observations:
+            raise wrong_count(n, self._max_observations)
         return request.observations, False
 
     def _conform_slowly(self, rows: Any, is_single: bool) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from serving.errors import PolicyServingError
+from serving.errors import BatchTooLargeError, CallerError, InvalidRequestError, PolicyServingError
 from serving.manifest import StateSpec
 from serving.spaces import (
     BoxSpace,
@@ -42,6 +42,27 @@ _INDEX = re.compile(r"\[(\d+|\.\.\.)\]")
 
 
 _Collect: TypeAlias = Callable[[Sequence[Any], dict[str, NDArray[Any]]], bool]
+
+
+def not_exactly_one(*, has_both: bool) -> CallerError:
+    """Why a request with both `observation` and `observations`, or neither, is not taken."""
+    return InvalidRequestError(
+        f"found {'both' if has_both else 'neither'} of `observation` (for one action) and "
+        "`observations` (for many), expected exactly one",
+        pointer="",
+    )
+
+
+def wrong_count(n: int, most: int) -> CallerError:
+    """Why a request of so many observations is not taken."""
+    if n == 0:
+        return InvalidRequestError(
+            "`observations` is empty, expected at least one", pointer="/observations"
+        )
+    return BatchTooLargeError(
+        f"found {n} observations, at most {most} are taken in one request; send several",
+        pointer="/observations",
+    )
 
 
 class RowCodec:

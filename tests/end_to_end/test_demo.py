@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import alive, command, refuse, succeed, wait_until
+from tests.processes import READY_S, alive, command, refuse, succeed, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def test_a_demo_that_is_ended_leaves_nothing_running(tmp_path: Path) -> None:
         )
     family: list[psutil.Process] = []
     try:
-        wait_until(lambda: "iteration" in log.read_text(), "the demo trains", 60.0)
+        wait_until(lambda: "iteration" in log.read_text(), "the demo trains", READY_S)
         family = psutil.Process(demo.pid).children(recursive=True)
         assert any(process.name() == "raylet" for process in family)
         demo.send_signal(signal.SIGTERM)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
@@ -16,7 +17,8 @@ from tritonclient.utils import InferenceServerException
 from serving.bundle import read_bundle
 from serving.environment import free_port
 from tests.bundles import LinearPolicy, discrete_policy
-from tests.processes import ROOT, Server, wait_until
+from tests.conftest import SharedServers
+from tests.processes import READY_S, ROOT, Server, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +26,12 @@ STOP_S = 60.0
 NAMES = ("action", "action_logp", "value", "action_dist_inputs")
 
 
-@pytest.mark.parametrize("ingress", ["server", "haproxy_server"])
+@pytest.mark.parametrize("ingress", ["direct", "haproxy"])
 @pytest.mark.parametrize("name", ["cartpole", "pendulum"])
 def test_actions_over_http_are_the_ones_that_rllib_answered(
-    ingress: str, name: str, request: pytest.FixtureRequest
+    ingress: str, name: str, shared_servers: SharedServers, request: pytest.FixtureRequest
 ) -> None:
-    server: Server = request.getfixturevalue(ingress)
+    server = shared_servers.running(ingress)
     golden = read_bundle(request.getfixturevalue(f"{name}_bundle")).golden()
     inputs = []
     for key, datatype in (("observation", "FP32"), ("action_mask", "BOOL")):
@@ -53,6 +55,21 @@ def test_actions_over_http_are_the_ones_that_rllib_answered(
         assert info.value.status() == "404"
 
 
+def test_behind_haproxy_the_inner_ports_are_closed_to_other_machines(
+    haproxy_server: Server,
+) -> None:
+    """Serve opens the gRPC ports of replicas and proxies on every interface by default."""
+    listening = {
+        connection.laddr
+        for process in haproxy_server.family()
+        for connection in process.net_connections("tcp")
+        # Ray's own processes listen among the ports that the kernel hands out.
+        if connection.status == psutil.CONN_LISTEN and 20_000 <= connection.laddr.port < 31_000
+    }
+    assert {address.ip for address in listening} <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    assert len(listening) >= 4  # HTTP and gRPC, of the replica and of the fallback proxy
+
+
 @pytest.fixture(scope="module")
 def policy() -> LinearPolicy:
     return discrete_policy()
@@ -60,9 +77,16 @@ def policy() -> LinearPolicy:
 
 @pytest.fixture(scope="module", params=["direct", "haproxy"])
 def grpc_address(
-    request: pytest.FixtureRequest, policy: LinearPolicy, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    policy: LinearPolicy,
+    shared_servers: SharedServers,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
-    """Serve's gRPC ingress: its own proxy, and HAProxy before the replica."""
+    """Serve's gRPC ingress: its own proxy, and HAProxy before the replica.
+
+    Beside another server with HAProxy, whose replica has a gRPC port too.
+    """
+    shared_servers.running("haproxy")
     root = tmp_path_factory.mktemp("grpc")
     bundle = policy.save(root / "bundle")
     port = free_port("127.0.0.1")
@@ -83,10 +107,10 @@ def grpc_address(
             assert process.poll() is None, log.read_text()
             return "ready\n" in log.read_text()
 
-        wait_until(is_ready, "Serve's start", 120.0)
+        wait_until(is_ready, "Serve's start", READY_S)
         address = f"127.0.0.1:{port}"
         with triton_grpc.InferenceServerClient(address) as client:
-            wait_until(lambda: _is_ready(client), "the ingress", 90.0)
+            wait_until(lambda: _is_ready(client), "the ingress", READY_S)
         yield address
     finally:
         process.stdin.close()

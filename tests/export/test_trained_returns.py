@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.processes import ROOT, succeed
+from tests.processes import python, succeed
 from training.run_directory import find_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -78,13 +76,8 @@ print(json.dumps(result.returns.tolist()))
 
 
 def returns_of(code: str, *arguments: str | Path) -> np.ndarray:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=240,
-    )
+    # Only RLlib's half may find RLlib imported.
+    done = python("-c", code, *arguments, in_new_interpreter=code is not _RLLIB)
     assert done.returncode == 0, done.stderr
     return np.array(json.loads(done.stdout.splitlines()[-1]))
 

@@ -33,6 +33,7 @@ from loadtests.benchmark.stream_driver import Messages, drive_stream
 from loadtests.benchmark.targets import OURS, OURS_HAPROXY, TARGETS, Load, Target
 from loadtests.benchmark.turns import Workshop, take_turn
 from loadtests.errors import LoadTestError, LoadTestUsageError
+from tests.processes import wait_until
 
 MACHINE = {
     "cpu": "Abacus",
@@ -330,11 +331,7 @@ signal.pause()
 def test_what_a_server_left_in_the_background_is_ended_with_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with processes.running([sys.executable, "-c", _ORPHAN], tmp_path, log) as server:
-        pause = threading.Event()
-        for _ in range(1000):
-            if log.read_text().strip():
-                break
-            pause.wait(0.01)
+        wait_until(lambda: log.read_text().endswith("\n"), "it has told its child's number")
         orphan = psutil.Process(int(log.read_text()))
         assert orphan.pid in {member.pid for member in server.members()}
         assert not {"PYTHONPATH", "RAY_ADDRESS"} & set(orphan.environ())
@@ -343,10 +340,11 @@ def test_what_a_server_left_in_the_background_is_ended_with_it(tmp_path: Path) -
 
 
 def check_until_it_ends(server: processes.ServerProcess) -> None:
-    pause = threading.Event()
-    for _ in range(1000):
+    def goes_on() -> bool:
         server.check()
-        pause.wait(0.01)
+        return False
+
+    wait_until(goes_on, "the server ends")
 
 
 def test_a_server_that_ends_by_itself_says_why(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import shutil
 import socket
 import threading
 import time
@@ -22,14 +23,23 @@ from serving.bundle import read_bundle
 from serving.compute_action import ComputeActionHandler
 from serving.config import PolicySource, ServingConfig
 from serving.engines.graph import GraphPolicy, load_graph
-from serving.hot_protocol import HotRoutes, bound
+from serving.hot_protocol import bound
+from serving.hot_routes import HotRoutes
 from serving.service import PolicyServices, load_services
 from serving.stream import StreamRegistry, StreamSettings
 from serving.stream_protocol import stream_opener
 from tests.bundles import LinearPolicy, box_policy, discrete_policy
+from tests.serving.clients import CLIENTS, async_json_client, json_client
+from tests.serving.deadline import DEADLINE_S, wait_until
+from tests.serving.numpy_policies import (
+    ACTION_SPACES,
+    MEMORY,
+    OBSERVATION_SPACES,
+    services_of,
+    summing_policy,
+)
+from tests.serving.scripted_http import ScriptedServer
 from tests.tiny_policies import TINY_POLICIES
-
-DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -88,16 +98,6 @@ def read_response(connection: http.client.HTTPConnection) -> Response:
     response = connection.getresponse()
     headers = {name.lower(): value for name, value in response.getheaders()}
     return Response(response.status, headers, response.read())
-
-
-def wait_until(is_true: Callable[[], bool], what: str) -> None:
-    """Wait for a condition of another thread, at most DEADLINE_S."""
-    pause = threading.Event()
-    for _ in range(int(DEADLINE_S / 0.002)):
-        if is_true():
-            return
-        pause.wait(0.002)
-    raise AssertionError(f"{what} did not happen within {DEADLINE_S:g} s")
 
 
 @contextlib.contextmanager
@@ -232,6 +232,25 @@ def tiny_server(tiny_bundles: dict[str, Path]) -> Iterator[LiveServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def any_space() -> Iterator[LiveServer]:
+    """A policy of every observation and action space; `full` with all that a policy has."""
+    actions = [*ACTION_SPACES.values()] * 2
+    policies = {
+        name: summing_policy(space, action)
+        for (name, space), action in zip(OBSERVATION_SPACES.items(), actions, strict=True)
+    }
+    policies["full"] = summing_policy(
+        OBSERVATION_SPACES["dict"],
+        ACTION_SPACES["multi-discrete"],
+        state=MEMORY,
+        has_reward=True,
+        has_mask=True,
+    )
+    with serving_services(services_of(policies), ServingConfig()) as server:
+        yield server
+
+
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the client would have slept."""
@@ -245,3 +264,27 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(time, "sleep", record)
     return found
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    server = ScriptedServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=[json_client, async_json_client], ids=["sync", "async"])
+def client_class(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=CLIENTS)
+def any_client(request: pytest.FixtureRequest) -> Any:
+    """Every way to ask: for tests against a real server, as a script speaks one language."""
+    return CLIENTS[request.param]
+
+
+@pytest.fixture
+def bundle(bundles: dict[str, Path], tmp_path: Path) -> Path:
+    """A bundle of the test's own."""
+    return Path(shutil.copytree(bundles["discrete"], tmp_path / "bundle"))

@@ -282,7 +282,8 @@ def summing_policy(
 def services_of(policies: Mapping[str, GraphPolicy], **settings: Any) -> PolicyServices:
     """Policies ready to answer."""
     metrics = ServerMetrics()
-    config = ServingConfig(**settings)
+    # What is loaded is timed up to its largest batch, and these answer large ones row by row.
+    config = ServingConfig(**{"max_batch_size": 16, **settings})
     services = [
         PolicyService(PolicySource(name=name, path=Path(name)), policy, config, metrics)
         for name, policy in policies.items()

@@ -15,7 +15,8 @@ from serving.batching import INLINE_LIMIT_S
 from serving.dialects.open_inference.grpc_service import GrpcServer, start_grpc_server
 from serving.engines.graph import Graph
 from serving.service import PolicyServices
-from tests.serving.conftest import DEADLINE_S, LiveServer, Response
+from tests.serving.conftest import LiveServer, Response
+from tests.serving.deadline import DEADLINE_S
 
 DATATYPES = {
     "float32": "FP32",

@@ -18,16 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.checks import CHECKS, load_all_checks
 
 from serving.bundle import read_bundle
-from serving.config import ServingConfig
-from tests.serving.conftest import LiveServer, serving, serving_services
+from tests.serving.conftest import LiveServer, serving
 from tests.serving.numpy_policies import (
-    ACTION_SPACES,
-    MEMORY,
     OBSERVATION_SPACES,
     as_json,
     sample,
-    services_of,
-    summing_policy,
 )
 
 GOOD = {"observation": [0.5, -1.0, 2.0, 3.0]}
@@ -250,25 +245,6 @@ def test_the_docs_refer_to_nothing_outside_the_host(live_server: LiveServer):
         assert path.startswith("/")
         assert not path.startswith("//")
         assert live_server.request("GET", path).status == 200
-
-
-@pytest.fixture(scope="module")
-def any_space() -> Iterator[LiveServer]:
-    """A policy of every observation and action space, the last ones with all that a policy has."""
-    pairs = list(zip(OBSERVATION_SPACES, [*ACTION_SPACES] * 2, strict=True))
-    policies = {
-        observation: summing_policy(OBSERVATION_SPACES[observation], ACTION_SPACES[action])
-        for observation, action in pairs
-    }
-    policies["full"] = summing_policy(
-        OBSERVATION_SPACES["dict"],
-        ACTION_SPACES["multi-discrete"],
-        state=MEMORY,
-        has_reward=True,
-        has_mask=True,
-    )
-    with serving_services(services_of(policies), ServingConfig()) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

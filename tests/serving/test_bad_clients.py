@@ -28,10 +28,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serving.app import build_app
 from serving.compute_action import ComputeActionHandler
 from serving.engines.graph import GraphPolicy
-from serving.hot_protocol import HotRoutes, fits, sweep
+from serving.hot_protocol import HotProtocol, sweep
+from serving.hot_routes import HotRoutes
 from serving.public_server import PublicServer, install_in_serve, protocol_class, shared_socket
 from serving.service import PolicyServices
-from tests.serving.conftest import wait_until
+from serving.uvicorn_fit import fits
+from tests.serving.deadline import DEADLINE_S, wait_until
 from tests.serving.numpy_policies import (
     ACTION_SPACES,
     OBSERVATION_SPACES,
@@ -39,7 +41,7 @@ from tests.serving.numpy_policies import (
     manifest_of,
     services_of,
 )
-from tests.serving.wire import DEADLINE_S, Caller, Reply, get, path_of, post
+from tests.serving.wire import Caller, Reply, get, path_of, post
 
 LIMIT = 100_000
 
@@ -207,15 +209,15 @@ def test_a_request_that_does_not_arrive_is_refused_and_its_connection_closed(
 @pytest.mark.parametrize("whole", [post(observation(1)), CHUNK + b"1\r\n \r\n" * 500])
 def test_a_byte_now_and_then_is_no_excuse(server: Running, whole: bytes):
     pause = threading.Event()
-    started = time.monotonic()
+    n_sent = 0
     with server.caller() as slow:
-        for place in range(len(whole)):
-            if select.select([slow.socket], [], [], 0)[0]:
-                break
-            slow.send(whole[place : place + 1])
+        while n_sent < len(whole) and not select.select([slow.socket], [], [], 0)[0]:
+            slow.send(whole[n_sent : n_sent + 1])
+            n_sent += 1
             pause.wait(0.01)
         assert slow.read().status == 408
-    assert time.monotonic() - started < DEADLINE_S / 2
+    # Long before all has arrived; each byte took 10 ms or more, so it was within 5 s of them.
+    assert n_sent < min(len(whole), 500)
 
 
 def test_an_idle_connection_is_closed_and_a_busy_one_is_not():
@@ -291,10 +293,19 @@ def test_connections_that_come_at_once_do_not_wait_for_each_other():
 # --- a client that does not read ---
 
 
-def send_until_stuck(server: Running, caller: Caller, data: bytes) -> int:
+def connection_of(server: Running, caller: Caller) -> HotProtocol:
+    """The server's end of a caller's connection; those of callers before it may still be there."""
+
+    def found() -> list[HotProtocol]:
+        own = caller.socket.getsockname()
+        return [each for each in list(server.routes.connections) if each.client == own]
+
+    wait_until(lambda: len(found()) == 1, "it is connected")
+    return found()[0]
+
+
+def send_until_stuck(connection: HotProtocol, caller: Caller, data: bytes) -> int:
     """Send until the server cannot write any more; how many bytes it, or a kernel, has taken."""
-    wait_until(lambda: len(server.routes.connections) == 1, "it is connected")
-    (connection,) = server.routes.connections
     caller.socket.setblocking(False)
     n_sent = 0
     while not connection.flow.write_paused:
@@ -313,8 +324,8 @@ def test_a_client_that_does_not_read_is_not_read_from_and_gets_all_in_order_late
     requests = b"".join(post(observation(number % 977)) for number in range(n))
     n_counted = counts(server, "box").get("ok", 0)
     with server.caller(receive_buffer=4096) as greedy, ThreadPoolExecutor(1) as sender:
-        n_sent = send_until_stuck(server, greedy, requests)
-        (connection,) = server.routes.connections
+        connection = connection_of(server, greedy)
+        n_sent = send_until_stuck(connection, greedy, requests)
         wait_until(lambda: connection.flow.read_paused, "it is not read any more")
         assert connection.transport.get_write_buffer_size() < 1_000_000
         assert server.is_fine()
@@ -332,8 +343,7 @@ def test_a_client_that_does_not_read_is_not_read_from_and_gets_all_in_order_late
 
 def test_nothing_is_read_behind_an_ordinary_answer_that_is_not_read(server: Running):
     with server.caller(receive_buffer=4096) as greedy:
-        wait_until(lambda: len(server.routes.connections) == 1, "it is connected")
-        (connection,) = server.routes.connections
+        connection = connection_of(server, greedy)
         n = 0
         while not connection.flow.write_paused:
             before = connection.cycle
@@ -357,7 +367,8 @@ def test_nothing_is_read_behind_an_ordinary_answer_that_is_not_read(server: Runn
 
 def test_a_client_that_never_reads_is_forgotten():
     with running(keep_alive_s=0.1) as server, server.caller(receive_buffer=4096) as greedy:
-        send_until_stuck(server, greedy, post(observation(1)) * 40_000)
+        connection = connection_of(server, greedy)
+        send_until_stuck(connection, greedy, post(observation(1)) * 40_000)
         wait_until(lambda: not server.routes.connections, "the connection is given up")
         assert server.is_fine()
 
@@ -426,10 +437,13 @@ def test_a_client_that_vanishes_in_its_batch_harms_nobody(held: Running):
 def test_a_deadline_is_kept_and_nothing_is_computed_after_it(held: Running, path: str):
     with contextlib.ExitStack() as stack:
         first = begin(held, stack)
-        started = time.monotonic()
-        late = held.ask(post(observation(7, timeout_ms=50), path=path))
-        assert (late.status, late.json()["code"]) == (504, "deadline_exceeded")
-        assert 0.05 <= time.monotonic() - started < 1.0
+        durations_s = []
+        for _ in range(3):
+            started = time.monotonic()
+            late = held.ask(post(observation(7, timeout_ms=50), path=path))
+            durations_s.append(time.monotonic() - started)
+            assert (late.status, late.json()["code"]) == (504, "deadline_exceeded")
+        assert 0.05 <= min(durations_s) < 1.0  # the quickest, as the machine may be busy
         held.graph.may_go_on.set()
         assert first.read().status == 200
         assert held.ask(post(observation(9), "slow")).json()["action"] == answer_to(9)

@@ -24,6 +24,7 @@ from serving.errors import (
 from serving.interface import PolicyOutput
 from serving.spaces import flatten
 from tests.bundles import LinearPolicy
+from tests.serving.deadline import DEADLINE_S
 from tests.serving.numpy_policies import (
     ACTION_SPACES,
     MEMORY,
@@ -33,8 +34,6 @@ from tests.serving.numpy_policies import (
     summing_policy,
     total_of,
 )
-
-DEADLINE_S = 10.0
 
 
 class RecordingGraph:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import json
-import queue
 import socket
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import msgpack
 import numpy as np
 import pytest
 
 from serving.client import AsyncPolicyClient, PolicyClient
-from serving.config import ServingConfig
 from serving.errors import (
     BatchTooLargeError,
     BodyTooLargeError,
@@ -34,142 +28,21 @@ from serving.errors import (
     OverloadedError,
     PolicyServingError,
     UnavailableError,
-    UnexpectedAnswerError,
     UnknownPolicyError,
     UsageError,
 )
-from serving.interface import Policy
-from serving.stream_client import StreamClient
-from tests.serving.clients import CLIENTS, async_json_client, json_client, msgpack_client
-from tests.serving.conftest import DEADLINE_S, LiveServer, serving, serving_services
-from tests.serving.numpy_policies import (
-    ACTION_SPACES,
-    MEMORY,
-    OBSERVATION_SPACES,
-    action_of,
-    sample,
-    services_of,
-    summing_policy,
-    total_of,
+from tests.serving.clients import async_json_client, json_client
+from tests.serving.conftest import LiveServer, serving
+from tests.serving.scripted_http import (
+    CLOSE,
+    DESCRIPTION,
+    HANG,
+    OK,
+    REQUEST,
+    ScriptedServer,
+    answer,
+    problem,
 )
-
-REQUEST = {"observation": [0, 0, 0, 0]}
-BOX = {"type": "Box", "shape": [4], "dtype": "float32", "low": None, "high": None}
-DISCRETE = {"type": "Discrete", "n": 3, "start": 0}
-DESCRIPTION = {"policy": "p", "observation_space": BOX, "action_space": DISCRETE}
-
-
-def answer(status: int, body: Any, *headers: str, content_type: str = "application/json") -> bytes:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [
-        f"HTTP/1.1 {status} Reason",
-        f"content-type: {content_type}",
-        f"content-length: {len(data)}",
-        *headers,
-        "",
-        "",
-    ]
-    return "\r\n".join(lines).encode() + data
-
-
-OK = answer(200, {"action": 1})
-HANG = b"hang"
-CLOSE = b""
-
-
-class ScriptedServer:
-    """Answers the n-th request with the n-th step of a script: bytes, CLOSE or HANG."""
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[str, str, bytes]] = []
-        self.n_connections = 0
-        self._steps: queue.SimpleQueue[tuple[bytes, bool]] = queue.SimpleQueue()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._open: list[socket.socket] = []
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._is_over = threading.Event()
-        self._threads[0].start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}/v1/policies/p"
-
-    def script(self, *steps: bytes, close_after: bool = False) -> None:
-        for step in steps:
-            self._steps.put((step, close_after))
-
-    def close(self) -> None:
-        self._is_over.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for connection in self._open:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(DEADLINE_S)
-        for connection in self._open:
-            connection.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self.n_connections += 1
-            self._open.append(connection)
-            thread = threading.Thread(target=self._serve, args=[connection], daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection.makefile("rb") as reader:
-            while self._serve_one(connection, reader):
-                pass
-        with contextlib.suppress(OSError):  # the other side was first
-            connection.shutdown(socket.SHUT_RDWR)
-
-    def _serve_one(self, connection: socket.socket, reader: Any) -> bool:
-        try:
-            first = reader.readline()
-            if not first:
-                return False
-            length = 0
-            while (line := reader.readline().strip()) != b"":
-                name, _, value = line.partition(b":")
-                if name.lower() == b"content-length":
-                    length = int(value)
-            body = reader.read(length)
-        except OSError:
-            return False
-        method, path, _ = first.decode().split()
-        self.requests.append((method, path, body))
-        step, close_after = self._steps.get_nowait()
-        if step == HANG:
-            self._is_over.wait(DEADLINE_S)
-            return False
-        if step == CLOSE:
-            return False
-        connection.sendall(step)
-        return not close_after
-
-
-@pytest.fixture
-def scripted() -> Iterator[ScriptedServer]:
-    server = ScriptedServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(params=[json_client, async_json_client], ids=["sync", "async"])
-def client_class(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
-@pytest.fixture(params=CLIENTS)
-def any_client(request: pytest.FixtureRequest) -> Any:
-    """Every way to ask: for tests against a real server, as a script speaks one language."""
-    return CLIENTS[request.param]
 
 
 def test_an_action_is_what_the_environment_takes(live_server, discrete, box, any_client):
@@ -357,11 +230,6 @@ def test_a_body_holds_only_what_was_asked_for(scripted):
             "outputs": ["value"],
         },
     ]
-
-
-def problem(code: str, status: int, *headers: str) -> bytes:
-    body = {"code": code, "status": status, "detail": "a reason"}
-    return answer(status, body, *headers, content_type="application/problem+json")
 
 
 @pytest.mark.usefixtures("pauses")
@@ -604,235 +472,3 @@ def test_an_answer_is_asked_for_with_any_number_that_json_can_write(live_server)
             client.answer({"observation": [float("nan"), 0, 0, 0]})
         with pytest.raises(InvalidRequestError):
             client.answer({"observation": [0, 0, 0, 0], "seed": 10**30})
-
-
-VECTOR = gym.spaces.Box(-1, 1, (2,), np.float32)
-
-
-@pytest.fixture(scope="module")
-def any_space() -> Iterator[LiveServer]:
-    """Policies named by their spaces, and `memory`, `masked`."""
-    policies = {
-        f"{observation}.{action}": summing_policy(
-            OBSERVATION_SPACES[observation], ACTION_SPACES[action]
-        )
-        for observation in OBSERVATION_SPACES
-        for action in ACTION_SPACES
-    }
-    policies["memory"] = summing_policy(
-        VECTOR, ACTION_SPACES["dict"], state=MEMORY, has_reward=True
-    )
-    policies["masked"] = summing_policy(VECTOR, gym.spaces.Discrete(3), has_mask=True)
-    with serving_services(services_of(policies), ServingConfig()) as server:
-        yield server
-
-
-def nested(rows: list[Any]) -> Any:
-    """The batch as Gymnasium nests it."""
-    if isinstance(rows[0], dict):
-        return {key: nested([row[key] for row in rows]) for key in rows[0]}
-    if isinstance(rows[0], tuple):
-        return tuple(nested(list(column)) for column in zip(*rows, strict=True))
-    return np.stack(rows)
-
-
-def assert_of_space(found: Any, expected: Any, space: gym.Space[Any]) -> None:
-    """An action in the environment's own form."""
-    assert space.contains(found)
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys()
-        for key, each in expected.items():
-            assert_of_space(found[key], each, space[key])  # type: ignore[index]
-    elif isinstance(expected, tuple):
-        for left, right, child in zip(found, expected, space, strict=True):  # type: ignore[call-overload]
-            assert_of_space(left, right, child)
-    else:
-        assert found.dtype == space.dtype
-        np.testing.assert_array_equal(found, expected)
-
-
-@pytest.mark.parametrize("make", [json_client, msgpack_client, StreamClient])
-@pytest.mark.parametrize("action", ACTION_SPACES)
-@pytest.mark.parametrize("observation", OBSERVATION_SPACES)
-def test_any_space_is_stepped_as_gymnasium_gives_it(
-    any_space, observation: str, action: str, make: Any
-):
-    rows = sample(OBSERVATION_SPACES[observation], 3)
-    space = ACTION_SPACES[action]
-    expected = [action_of(space, total_of(row)) for row in rows]
-    with make(any_space.policy_url(f"{observation}.{action}")) as client:
-        assert_of_space(client.compute_action(rows[0]), expected[0], space)
-        for observations in (rows, nested(rows)):
-            output = client.compute_actions(observations, outputs=["q_values"])
-            assert len(output) == 3
-            assert output.state is None
-            assert output.q_values is not None
-            assert output.q_values.shape == (3, 1)
-            for found, wanted in zip(output, expected, strict=True):
-                assert_of_space(found, wanted, space)
-
-
-def test_a_remote_policy_of_any_space_is_a_policy(any_space):
-    with PolicyClient(any_space.policy_url("dict.tuple")) as client:
-        assert isinstance(client, Policy)
-
-
-def test_a_loop_of_steps_carries_state_and_reward(any_space, any_client):
-    rows = [np.array([k / 4, 1.0], np.float32) for k in range(6)]
-    remembered = 0.5  # as MEMORY starts
-    state, reward = None, None
-    space = ACTION_SPACES["dict"]
-    with any_client(any_space.policy_url("memory")) as client:
-        for row in rows:
-            remembered += total_of(row) + 10 * (reward or 0.0)
-            action, state = client.step(row, state, reward)
-            assert state["total"] == remembered
-            assert (state["frames"].shape, state["frames"].dtype) == ((2, 3), np.float32)
-            assert_of_space(
-                action, action_of(ACTION_SPACES["dict"], remembered), ACTION_SPACES["dict"]
-            )
-            reward = 0.25
-        # Without the state it starts again.
-        again = client.compute_action(rows[0])
-        assert again["turn"] == action_of(space, 0.5 + total_of(rows[0]))["turn"]
-        kept = client.compute_action(rows[0], state=state)
-        assert kept["a/b"][0] == remembered + total_of(rows[0])
-
-
-def test_the_states_of_many_are_given_back_whole_or_row_by_row(any_space, any_client):
-    rows = np.array([[1, 0], [2, 0], [3, 0]], np.float32)
-    with any_client(any_space.policy_url("memory")) as client:
-        first = client.compute_actions(rows)
-        np.testing.assert_array_equal(first.state["total"], [1.5, 2.5, 3.5])
-        assert first.state["frames"].shape == (3, 2, 3)
-        second = client.compute_actions(rows, state=first.state, rewards=[0, 0, 1])
-        np.testing.assert_array_equal(second.state["total"], [2.5, 4.5, 16.5])
-        row = {name: values[2] for name, values in first.state.items()}
-        mixed = client.compute_actions(rows, state=[None, row, None])
-        np.testing.assert_array_equal(mixed.state["total"], [1.5, 5.5, 3.5])
-        none = client.compute_actions(rows, state=[None] * 3)
-        np.testing.assert_array_equal(none.state["total"], first.state["total"])
-
-
-def test_masks_are_kept_by_one_and_by_many(any_space, any_client):
-    rows = np.zeros((3, 2), np.float32)
-    with any_client(any_space.policy_url("masked")) as client:
-        # Zeros want the first action.
-        assert client.compute_action(rows[0]) == 0
-        assert client.compute_action(rows[0], action_mask=[0, 0, 1]) == 2
-        masks = [[0, 1, 0], None, np.array([False, False, True])]
-        np.testing.assert_array_equal(
-            client.compute_actions(rows, action_mask=masks).actions, [1, 0, 2]
-        )
-        masks = np.array([[0, 1, 1]] * 3, np.int8)
-        np.testing.assert_array_equal(client.compute_actions(rows, action_mask=masks), [1] * 3)
-        with pytest.raises(InvalidRequestError) as caught:
-            client.compute_actions(rows, action_mask=np.zeros((3, 3), bool))
-        assert caught.value.details["pointer"] == "/action_mask/0"
-
-
-def test_a_reward_goes_only_to_a_policy_that_reads_it(scripted):
-    takes = {**DESCRIPTION, "takes": {"reward": True}}
-    for described, expected in ((DESCRIPTION, None), (takes, 1.5)):
-        answers = [answer(200, {"action": 1}), answer(200, {"actions": [1]})]
-        scripted.script(answer(200, described), *answers)
-        with json_client(scripted.url) as client:
-            client.step(np.zeros(4), None, 1.5)
-            client.compute_actions(np.zeros((1, 4)), rewards=np.array([1.5]))
-        one, many = (json.loads(body) for _, _, body in scripted.requests[-2:])
-        assert one.get("reward") == expected
-        assert many.get("rewards") == (expected and [expected])
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "pointer"),
-    [
-        (
-            lambda client: client.compute_action({"a": [1.0, np.nan], "b~/": 1}),
-            InvalidObservationError,
-            "/observation/a",
-        ),
-        (
-            lambda client: client.compute_action({"a": [1.0], "b~/": "text"}),
-            InvalidObservationError,
-            "/observation/b~0~1",
-        ),
-        (
-            lambda client: client.compute_actions([{"a": [1.0]}, {"a": [np.inf]}]),
-            InvalidObservationError,
-            "/observations/1/a",
-        ),
-        (
-            lambda client: client.compute_actions({"a": np.zeros((2, 1)), "b~/": [1]}),
-            InvalidObservationError,
-            "/observations",
-        ),
-        (
-            lambda client: client.compute_action({}, state={"h": [np.nan]}),
-            InvalidRequestError,
-            "/state/h",
-        ),
-        (
-            lambda client: client.compute_actions([{}], state=[{"h": [np.nan]}]),
-            InvalidRequestError,
-            "/state/0/h",
-        ),
-        (
-            lambda client: client.compute_action({}, reward=np.nan),
-            InvalidRequestError,
-            "/reward",
-        ),
-        (
-            lambda client: client.compute_actions([{}], rewards=[np.inf]),
-            InvalidRequestError,
-            "/rewards",
-        ),
-        (
-            lambda client: client.compute_action({}, action_mask=[1, np.nan]),
-            InvalidRequestError,
-            "/action_mask",
-        ),
-        (lambda client: client.compute_action({}, state=[1.0]), InvalidRequestError, "/state"),
-    ],
-)
-def test_what_cannot_be_sent_is_refused_with_its_place(scripted, call, error, pointer):
-    space = {"type": "Dict", "spaces": {"a": BOX, "b~/": DISCRETE}}
-    described = {**DESCRIPTION, "observation_space": space, "takes": {"reward": True}}
-    scripted.script(answer(200, described))
-    with json_client(scripted.url) as client:
-        with pytest.raises(error) as caught:
-            call(client)
-        assert caught.value.details["pointer"] == pointer
-    assert [method for method, _, _ in scripted.requests] == ["GET"]
-
-
-def test_another_structure_is_named_by_its_place(any_space, any_client):
-    with any_client(any_space.policy_url("dict.box")) as client:
-        for wrong in (np.zeros(3), {"class": 1}, [1.0, 2.0]):
-            with pytest.raises(InvalidObservationError) as caught:
-                client.compute_action(wrong)
-            assert caught.value.details["pointer"].startswith("/observation")
-
-
-@pytest.mark.parametrize(
-    "step",
-    [{"action": 1}, {"action": {"turn": 1}}, {"action": {"turn": "x", "grip": 0}}, {"action": [1]}],
-)
-def test_an_action_of_another_space_is_an_error_of_ours(scripted, client_class, step):
-    space = {"type": "Dict", "spaces": {"turn": DISCRETE, "grip": DISCRETE}}
-    scripted.script(answer(200, {**DESCRIPTION, "action_space": space}), answer(200, step))
-    with (
-        client_class(scripted.url, max_retries=0) as client,
-        pytest.raises(UnexpectedAnswerError),
-    ):
-        client.compute_action(np.zeros(4))
-
-
-def test_an_answer_without_the_described_state_is_an_error_of_ours(scripted, client_class):
-    state = {"h": {"dtype": "float32", "shape": [2], "initial": 0}}
-    scripted.script(answer(200, {**DESCRIPTION, "state": state}), OK, answer(200, {"actions": [1]}))
-    with client_class(scripted.url, max_retries=0) as client:
-        with pytest.raises(UnexpectedAnswerError):
-            client.step(np.zeros(4))
-        with pytest.raises(UnexpectedAnswerError):
-            client.compute_actions(np.zeros((1, 4)))

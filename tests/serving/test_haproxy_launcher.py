@@ -66,6 +66,16 @@ def test_every_answer_of_haproxy_itself_is_ours():
     assert after.index("errorfile") < after.index("frontend")
 
 
+def test_requests_are_logged_only_where_somebody_wants_that():
+    logging = ["log 127.0.0.1:514 local0 info", "log global", "option httplog"]
+    config = CONFIG.replace("global\n", f"global\n    {logging[0]}\n", 1)
+    config = config.replace("defaults\n", "defaults\n    log global\n    option httplog\n")
+    quiet = rewritten(config, DIRECTORY, "127.0.0.1")
+    assert quiet == rewritten(CONFIG, DIRECTORY, "127.0.0.1")
+    kept = rewritten(config, DIRECTORY, "127.0.0.1", logs=True).splitlines()
+    assert [line.strip() for line in kept if "log" in line] == logging
+
+
 def test_replicas_of_this_node_are_reached_where_they_listen():
     found = changes(CONFIG, "192.168.1.5")
     assert found["server r1 127.0.0.1:30000 check"] == "server r1 192.168.1.5:30000 check"

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from serving.compute_action import ComputeActionHandler
-from tests.serving.conftest import LiveServer, Response, read_response, serving, wait_until
+from tests.serving.conftest import LiveServer, Response, read_response, serving
+from tests.serving.deadline import DEADLINE_S, wait_until
 
 GOOD = {"observation": [0.5, -1.0, 2.0, 3.0]}
 BODY = json.dumps(GOOD).encode()
@@ -166,7 +167,7 @@ def test_a_request_without_an_id_gets_one_of_its_own(live_server: LiveServer):
 
 
 def test_a_connection_serves_on_after_errors(live_server: LiveServer):
-    connection = http.client.HTTPConnection(live_server.host, live_server.port, timeout=10)
+    connection = http.client.HTTPConnection(live_server.host, live_server.port, timeout=DEADLINE_S)
     connection.connect()
     first_socket = connection.sock
     try:

@@ -29,7 +29,7 @@ from serving.errors import ServingConfigError
 from serving.service import PolicyServices, load_services
 from tests.bundles import LinearPolicy
 from tests.processes import ROOT
-from tests.serving.conftest import DEADLINE_S
+from tests.serving.deadline import DEADLINE_S
 from tests.serving.numpy_policies import services_of
 from tests.serving.open_inference import DATATYPES, Gated, grpc_serving
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -11,38 +10,14 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import CHECKS, load_all_checks
 
-from serving.config import ServingConfig
-from tests.serving.conftest import LiveServer, serving_services
+from tests.serving.conftest import LiveServer
 from tests.serving.numpy_policies import (
-    ACTION_SPACES,
-    MEMORY,
     OBSERVATION_SPACES,
-    services_of,
-    summing_policy,
 )
 from tests.serving.open_inference import infer
 
 # The server's, a model's with and without its version, and the repository's.
 OPERATIONS = 5 + 2 * 5 + 3
-
-
-@pytest.fixture(scope="module")
-def any_space() -> Iterator[LiveServer]:
-    """A policy of every observation space; `full` with all that a policy has."""
-    actions = [*ACTION_SPACES.values()] * 2
-    policies = {
-        name: summing_policy(space, action)
-        for (name, space), action in zip(OBSERVATION_SPACES.items(), actions, strict=True)
-    }
-    policies["full"] = summing_policy(
-        OBSERVATION_SPACES["dict"],
-        ACTION_SPACES["multi-discrete"],
-        state=MEMORY,
-        has_reward=True,
-        has_mask=True,
-    )
-    with serving_services(services_of(policies), ServingConfig()) as server:
-        yield server
 
 
 def resolved(schema: Any, api: dict[str, Any]) -> dict[str, Any]:

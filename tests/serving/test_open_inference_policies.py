@@ -21,7 +21,8 @@ from serving.bundle import read_bundle
 from serving.config import ServingConfig
 from serving.engines.graph import GraphPolicy, load_graph
 from tests.bundles import HIGH, LOW, LinearPolicy
-from tests.serving.conftest import DEADLINE_S, LiveServer, serving_services, wait_until
+from tests.serving.conftest import LiveServer, serving_services
+from tests.serving.deadline import DEADLINE_S, wait_until
 from tests.serving.numpy_policies import (
     ACTION_SPACES,
     GOES_ON,

@@ -29,7 +29,8 @@ from serving.stream_endpoint import StreamEndpoint
 from serving.stream_protocol import StreamProtocol, stream_opener
 from tests.bundles import LinearPolicy
 from tests.serving.binary_form import columns, floats, pack, unpack
-from tests.serving.conftest import DEADLINE_S, LiveServer
+from tests.serving.conftest import LiveServer
+from tests.serving.deadline import DEADLINE_S
 from tests.serving.numpy_policies import (
     GOES_ON,
     Summing,

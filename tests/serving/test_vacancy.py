@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import http.client
 import socket
-import time
-from collections.abc import Callable
+import threading
 
 import pytest
 
+from serving import vacancy
 from serving.public_server import shared_socket
 from serving.vacancy import held
-
-DEADLINE_S = 10.0
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from tests.serving.deadline import DEADLINE_S, wait_until
 
 
 @pytest.fixture
@@ -65,18 +57,30 @@ def test_nobody_answers_before_the_first_replica_and_nobody_else_gets_the_port(p
             other.bind(("127.0.0.1", port))
 
 
-def test_between_two_replicas_callers_are_told_to_come_again(port: int):
+def test_between_two_replicas_callers_are_told_to_come_again(
+    port: int, monkeypatch: pytest.MonkeyPatch
+):
+    was_seen = threading.Event()
+    look = vacancy.listeners
+
+    def listeners(port: int) -> set[int]:
+        found = look(port)
+        if found:
+            was_seen.set()
+        return found
+
+    monkeypatch.setattr(vacancy, "listeners", listeners)
     with held("127.0.0.1", port, look_s=0.05):
         first = replica(port)
-        wait_until(lambda: accepts(first, port))
-        time.sleep(0.3)  # long enough for the watcher to have seen it
+        wait_until(lambda: accepts(first, port), "the first replica gets the callers")
+        assert was_seen.wait(DEADLINE_S)  # by the watcher
         first.close()
-        wait_until(lambda: ask(port) is not None)
+        wait_until(lambda: ask(port) is not None, "somebody answers")
         status, headers, body = ask(port) or (0, {}, b"")
         assert (status, headers["retry-after"]) == (503, "1")
         assert b'"policy_not_ready"' in body
         second = replica(port)
-        wait_until(lambda: all(accepts(second, port) for _ in range(20)))
+        wait_until(lambda: all(accepts(second, port) for _ in range(20)), "only the second does")
         second.close()
 
 

@@ -23,7 +23,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-DEADLINE_S = 10.0
+from tests.serving.deadline import DEADLINE_S
+
 _FINAL = re.compile(rb"HTTP/1\.1 [2-5]\d\d ")
 _QUIET_TURNS = 4
 # What the same request has to bring whichever way it goes; dates and ids are its own.

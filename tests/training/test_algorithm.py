@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +40,5 @@ for fragment in (1, 7, 21, 22, 32, 33, 60, 64, 65, 70, 71, 128, 1024):
 
 
 def test_settings_reach_rllib() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = python("-c", CHECK)
     assert done.returncode == 0, done.stderr[-2000:]

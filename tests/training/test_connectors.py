@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.processes import ROOT
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
@@ -21,11 +18,5 @@ runpy.run_module(sys.argv[1], run_name="__main__")
 
 @pytest.mark.parametrize("module", ["connector_checks", "space_checks"])
 def test_rllib_does_what_this_project_takes_it_to_do(module):
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, f"tests.training.{module}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = python("-c", RUN, f"tests.training.{module}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.processes import python
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +40,5 @@ assert scaled([3.0, 3.0]).tolist() == [3.0, 3.0]
 
 
 def test_rewards_are_divided_by_the_running_deviation_of_the_discounted_return():
-    done = subprocess.run(
-        [sys.executable, "-c", CHECK], capture_output=True, text=True, timeout=120
-    )
+    done = python("-c", CHECK)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 import os
 import pickle
 import signal
 import subprocess
-import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.processes import READY_S, command, policyserve, wait_until
 from training.provenance import verify_checkpoint
 from training.run_directory import find_checkpoint, read_run
 
@@ -46,21 +46,12 @@ def environment(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     (home / "failing_env.py").write_text(FAILING_ENV)
     path = os.pathsep.join([str(home), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "HOME": str(home), "XDG_DATA_HOME": str(home), "PYTHONPATH": path}
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "policyserve", "train", *map(str, arguments)]
+    return {"HOME": str(home), "XDG_DATA_HOME": str(home), "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
 def train(environment):
-    def run(*arguments):
-        return subprocess.run(
-            command(*arguments), env=environment, capture_output=True, text=True, timeout=120
-        )
-
-    return run
+    return functools.partial(policyserve, "train", env=environment)
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
@@ -74,11 +65,12 @@ def result(run_dir: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def short_run(train, tmp_path_factory):
-    """Two iterations of 512 steps, seeded."""
+    """Two iterations of 512 steps, seeded; from a new interpreter, imports and all."""
     run_dir = tmp_path_factory.mktemp("short") / "run"
     done = train(
         *("--env", "CartPole-v1", "--run-dir", run_dir, "--seed", 5, "--stop-timesteps", 1000),
         *("--set", "train_batch_size_per_learner=512", "--set", "model.fcnet_hiddens=[16]"),
+        in_new_interpreter=True,
     )
     return run_dir, done
 
@@ -155,19 +147,27 @@ def test_ctrl_c_saves_and_a_killed_run_resumes_without_gap_or_double_point(
     train, environment, tmp_path
 ):
     run_dir = tmp_path / "run"
-    arguments = ("--env", "Pendulum-v1", "--run-dir", run_dir, "--stop-timesteps", 1_000_000)
-    process = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL)
-    wait_for_rows(run_dir, 12)  # past the checkpoint at iteration 10
+    environment = {**os.environ, **environment}
+    arguments = (
+        *("train", "--env", "Pendulum-v1", "--run-dir", run_dir, "--stop-timesteps", 1_000_000),
+        *("--set", "train_batch_size_per_learner=256"),
+    )
+    process = subprocess.Popen(command(arguments), env=environment, stdout=subprocess.DEVNULL)
+    wait_for_rows(process, run_dir, 12)  # past the checkpoint at iteration 10
     process.kill()
     process.wait()
+    n_killed = len(rows(run_dir))
     steps_before = [int(row["env_steps"]) for row in rows(run_dir) if int(row["iteration"]) <= 10]
 
     process = subprocess.Popen(
-        command("--resume", run_dir), env=environment, stdout=subprocess.PIPE, text=True
+        command(["train", "--resume", run_dir]),
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    wait_for_rows(run_dir, 14)
+    wait_for_rows(process, run_dir, n_killed + 2)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=READY_S)
     assert process.returncode == 130
     assert f"--resume {run_dir}" in output
     curve = rows(run_dir)
@@ -218,13 +218,12 @@ def test_memory_and_filter_are_trained_by_two_processes_kept_and_resumed(train, 
         np.testing.assert_allclose(mean[2:], [40_000, -2.0], atol=0.05)
 
 
-def wait_for_rows(run_dir: Path, n_rows: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (run_dir / "progress.csv").exists() and len(rows(run_dir)) >= n_rows:
-            return
-        time.sleep(0.05)
-    pytest.fail(f"{run_dir} has no {n_rows} iterations after 60 s")
+def wait_for_rows(process: subprocess.Popen, run_dir: Path, n_rows: int) -> None:
+    def has_rows() -> bool:
+        assert process.poll() is None, process.returncode
+        return (run_dir / "progress.csv").exists() and len(rows(run_dir)) >= n_rows
+
+    wait_until(has_rows, f"{run_dir} has {n_rows} iterations", READY_S)
 
 
 def test_the_shipped_cartpole_config_reaches_its_return(cartpole_run):
