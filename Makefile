@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 
 BENCH ?=
 
+# Compiled modules are kept: the suite starts hundreds of processes, each of which would compile them.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: install demo test test-fast test-export-matrix format check bench bench-export bench-bundles lock lock-peers clean
 
 install: $(STAMP)
@@ -27,7 +30,7 @@ test: check
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-fast: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadscope --no-loadscope-reorder
 
 # Every sensible pair of algorithm, spaces, connectors and settings, in three formats.
 test-export-matrix: install

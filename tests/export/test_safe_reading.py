@@ -35,7 +35,10 @@ from export.safe_pickle import load_state
 from serving.errors import UsageError
 from training.config_files import dump_config, load_config
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # RLlib's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # RLlib's own
+]
 
 MODULE = "learner_group/learner/rl_module/default_policy"
 IS_ARRAY = b"nd"  # codespell:ignore nd

@@ -297,6 +297,7 @@ def test_the_schema_of_state_mask_and_reward_is_the_server_s(any_space, any_api,
     assert (any_space.post("full", body).status == 200) == is_valid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["live_server", "any_space"])
 def test_generated_requests_get_documented_answers(which: str, request: pytest.FixtureRequest):
     live_server: LiveServer = request.getfixturevalue(which)

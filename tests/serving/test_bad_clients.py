@@ -43,6 +43,8 @@ from tests.serving.numpy_policies import (
 )
 from tests.serving.wire import Caller, Reply, get, path_of, post
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 100_000
 
 

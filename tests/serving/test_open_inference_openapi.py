@@ -51,6 +51,7 @@ def checked(server: LiveServer, api: dict[str, Any], names: set[str], *, n: int 
     return len(operations)
 
 
+@pytest.mark.slow
 def test_generated_requests_get_documented_answers(live_server: LiveServer):
     api = live_server.request("GET", "/openapi.json").json()
     api["paths"] = {path: each for path, each in api["paths"].items() if path.startswith("/v2")}
