@@ -125,7 +125,7 @@ def at_once(server: Server, callers: list[socket.socket], observations: np.ndarr
     slowly this process gets to send them.
     """
     (replica,) = server.replicas()
-    replica.suspend()
+    suspend(replica)
     try:
         for caller, observation in zip(callers, observations, strict=True):
             caller.sendall(raw_request("pendulum", observation))
@@ -133,6 +133,17 @@ def at_once(server: Server, callers: list[socket.socket], observations: np.ndarr
     finally:
         replica.resume()
     return [read_answer(caller)["action"] for caller in callers]
+
+
+def suspend(process: psutil.Process) -> None:
+    """Stop a process; what its threads had begun when the signal came is over on return."""
+
+    def states() -> set[str]:
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/stat")
+        return {task.read_text().rpartition(")")[2].split()[0] for task in tasks}
+
+    process.suspend()
+    wait_until(lambda: states() == {"T"}, "every thread has stopped")
 
 
 def listener_of(server: Server) -> psutil.Process:
