@@ -110,8 +110,11 @@ def running_server(
     os.environ.update(environment.private_cluster(runtime_dir, config.host, ingress))
     with reaped(runtime_dir) as afterwards:
         try:
-            with _held_ports(config), _private_cluster(runtime_dir, config):
-                yield _deploy(sources, config, choice)
+            with _held_ports(config) as was_served, _private_cluster(runtime_dir, config):
+                server = _deploy(sources, config, choice)
+                # Before that nobody would answer for a replica that dies.
+                was_served.wait(_READY_DEADLINE_S)
+                yield server
         except ServerFailedError as exc:
             afterwards.keep_directory = True
             raise ServerFailedError(f"{exc.message}; Ray's logs: {runtime_dir}") from exc
@@ -155,16 +158,22 @@ def _free_grpc_port(config: ServingConfig) -> int | None:
 
 
 @contextlib.contextmanager
-def _held_ports(config: ServingConfig) -> Iterator[None]:
-    """Where replicas listen themselves, something has to while they come and go."""
+def _held_ports(config: ServingConfig) -> Iterator[threading.Event]:
+    """Where replicas listen themselves, something has to while they come and go.
+
+    Yields:
+        Set when a replica has been seen to listen.
+    """
     if config.ingress != "direct":
-        yield
+        seen = threading.Event()
+        seen.set()
+        yield seen
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(vacancy.held(config.host, config.port))
+        was_served = stack.enter_context(vacancy.held(config.host, config.port))
         if config.grpc_port is not None:
             stack.enter_context(contextlib.closing(shared_socket(config.host, config.grpc_port)))
-        yield
+        yield was_served
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ _ANSWER = (
 
 
 @contextlib.contextmanager
-def held(host: str, port: int, *, look_s: float = _LOOK_S) -> Iterator[None]:
+def held(host: str, port: int, *, look_s: float = _LOOK_S) -> Iterator[threading.Event]:
     """Hold the public port for the block: nobody else can take it, and somebody always answers.
 
     Args:
@@ -41,40 +41,49 @@ def held(host: str, port: int, *, look_s: float = _LOOK_S) -> Iterator[None]:
         port: The port.
         look_s: Seconds until it is noticed that no replica listens any more.
 
+    Yields:
+        Set when the first replica has been seen to listen: from then on there is somebody to stand
+        in for.
+
     Raises:
         OSError: The port is taken by a process that does not share it.
     """
-    stopped = threading.Event()
+    stopped, was_served = threading.Event(), threading.Event()
     # Bound and not listening: the kernel gives it no connections, and nobody else the port.
     reserved = shared_socket(host, port)
     thread = threading.Thread(
-        target=lambda: asyncio.run(_watch(reserved, host, port, stopped, look_s)),
+        target=lambda: asyncio.run(_watch(reserved, (host, port), stopped, was_served, look_s)),
         name="vacancy",
         daemon=True,
     )
     thread.start()
     try:
-        yield
+        yield was_served
     finally:
         stopped.set()
         thread.join()
 
 
 async def _watch(
-    reserved: socket.socket, host: str, port: int, stopped: threading.Event, look_s: float
+    reserved: socket.socket,
+    address: tuple[str, int],
+    stopped: threading.Event,
+    was_served: threading.Event,
+    look_s: float,
 ) -> None:
     stand_in: asyncio.Server | None = None
-    was_served = False
     try:
         while not stopped.is_set():
-            await _until(stopped, look_s if stand_in is None else _LOOK_SOON_S)
-            is_served = bool(listeners(port) - _inodes(stand_in))
-            was_served = was_served or is_served
+            is_well = stand_in is None and was_served.is_set()
+            await _until(stopped, look_s if is_well else _LOOK_SOON_S)
+            is_served = bool(listeners(address[1]) - _inodes(stand_in))
+            if is_served:
+                was_served.set()
             if is_served and stand_in is not None:
-                reserved = shared_socket(host, port)
+                reserved = shared_socket(*address)
                 stand_in.close()
                 stand_in = None
-            elif was_served and not is_served and stand_in is None:
+            elif was_served.is_set() and not is_served and stand_in is None:
                 stand_in = await asyncio.start_server(_answer, sock=reserved)
     finally:
         if stand_in is not None:
