@@ -21,7 +21,7 @@ async def serve(bundle: Path, port: int) -> None:
     config = ServingConfig(port=port, ingress="direct", grpc=False)
     # Serve awaits the constructor, which plain Python cannot.
     server = PolicyServer.__new__(PolicyServer)
-    await server.__init__(  # type: ignore[misc]
+    await server.__init__(  # type: ignore[misc]  # a coroutine, see above
         [source.model_dump(mode="json")], config.model_dump(mode="json"), "cpu"
     )
     await asyncio.Event().wait()
