@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
-from training.config import TrainingConfig
+from training.config import StopConfig, TrainingConfig
 from training.config_files import dump_config, load_config, shipped_for
 from training.errors import (
     CheckpointNotFoundError,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _FIXED = (
     # What a policy is made of, which a resumed run can't change.
-    *("env", "env_config", "algo", "model", "normalize_actions", "clip_actions"),
+    *("env", "env_config", "wrappers", "algo", "model", "normalize_actions", "clip_actions"),
     *("observation_filter", "prev_actions", "prev_rewards", "frame_stack"),
 )
 
@@ -49,8 +49,15 @@ def train(
         str | None,
         typer.Argument(metavar="[CONFIG]", help="A YAML file, or a shipped config's name."),
     ] = None,
-    env: Annotated[str | None, typer.Option(help="Gymnasium environment id.")] = None,
-    algo: Annotated[str | None, typer.Option(help="Algorithm (PPO).")] = None,
+    env: Annotated[
+        str | None,
+        typer.Option(
+            help="Gymnasium environment id, module:EnvId or module:factory.", metavar="ID"
+        ),
+    ] = None,
+    algo: Annotated[
+        str | None, typer.Option(help="PPO (the default), DQN, SAC, IMPALA or APPO.")
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Where everything goes; runs/ENV-ALGO-TIME if not given.")
     ] = None,
@@ -59,6 +66,9 @@ def train(
     ] = None,
     stop_return: Annotated[
         float | None, typer.Option(help="Stop at this mean return of recent training episodes.")
+    ] = None,
+    stop_evaluation_return: Annotated[
+        float | None, typer.Option(help="Stop at this mean return of an evaluation.")
     ] = None,
     stop_timesteps: Annotated[
         float | None, typer.Option(help="Stop after this many environment steps.")
@@ -93,6 +103,7 @@ def train(
         "num_env_runners": num_env_runners,
         "num_gpus": num_gpus,
         "stop.return": stop_return,
+        "stop.evaluation_return": stop_evaluation_return,
         "stop.timesteps": stop_timesteps,
         "stop.time_s": stop_time_s,
     }
@@ -106,8 +117,6 @@ def train(
     set_ray_environment()  # before an environment's module can import Ray
     from training.envs import check_environment
 
-    if ":" in job.config.env and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # `module:EnvId` with the module here, as for a script
     job.notes.extend(check_environment(job.config))
     if job.config.num_gpus:
         from training.devices import check_gpus
@@ -204,26 +213,40 @@ def _announcement(job: _Job) -> list[str]:
 def _report(result: TrainingResult, job: _Job) -> None:
     recent = result.episode_return_mean
     mean = "no episode ended" if recent is None else f"mean return {recent:.1f}"
+    if result.evaluation_return_mean is not None:
+        mean += f", evaluation {result.evaluation_return_mean:.1f},"
     run_dir = _relative(job.run.path)
     print(
         f"{_STATUS_TEXT[result.status]}: {mean} after {result.env_steps:,} steps "
         f"in {result.time_s:.1f} s"
     )
-    if result.best_episode_return_mean is not None:
+    if result.best_checkpoint is not None and result.best_return_mean is not None:
+        by = "evaluation" if job.config.evaluation.interval else "mean return"
         best = f"{run_dir}/{result.best_checkpoint}"
-        print(f"best checkpoint: {best} (mean return {result.best_episode_return_mean:.1f})")
+        print(f"best checkpoint: {best} ({by} {result.best_return_mean:.1f})")
     print(f"last checkpoint: {run_dir}/{result.last_checkpoint}")
     if result.status == "interrupted":
         print(f"go on with: policyserve train --resume {run_dir}")
         return
-    asked = job.config.stop.episode_return
-    if asked is not None and result.status != "stop_return":
-        found = "no full window of episodes" if recent is None else f"{recent:.1f}"
-        raise StopNotReachedError(
-            f"the mean return is {found} and {asked:g} was asked for; the checkpoints are kept in "
-            f"{run_dir}, and `policyserve train --resume {run_dir} --stop-timesteps N` goes on"
-        )
+    if result.status != "stop_return":
+        _miss(result, job.config.stop, run_dir)
     print(f"next: policyserve export {run_dir} -o BUNDLE")
+
+
+def _miss(result: TrainingResult, stop: StopConfig, run_dir: Path) -> None:
+    missed = []
+    if stop.episode_return is not None:
+        recent = result.episode_return_mean
+        found = "no full window of episodes" if recent is None else f"{recent:.1f}"
+        missed.append(f"the mean return is {found} and {stop.episode_return:g} was asked for")
+    if stop.evaluation_return is not None:
+        found = f"{result.evaluation_return_mean or math.nan:.1f}"
+        missed.append(f"the evaluation is {found} and {stop.evaluation_return:g} was asked for")
+    if missed:
+        raise StopNotReachedError(
+            f"{', '.join(missed)}; the checkpoints are kept in {run_dir}, and "
+            f"`policyserve train --resume {run_dir} --stop-timesteps N` goes on"
+        )
 
 
 _STATUS_TEXT = {

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from training.config import SUPPORTED_ALGORITHMS, AlgorithmSettings, TrainingConfig
+from training.config import ALGORITHMS, TrainingConfig, settings_of
 from training.errors import ConfigError
 
 SHIPPED_CONFIGS = Path(__file__).parent / "configs"
@@ -91,12 +91,33 @@ def load_config(
         sources[key] = f"--set {text}"
     if ("env",) not in values:
         raise ConfigError("no environment: give `--env ID`, or a config with `env:`")
-    _check_keys(values, sources)
-    _check_algorithm(values, sources)
+    return _validate(values, sources)
+
+
+def config_from_mapping(document: Mapping[str, Any], *, source: str) -> TrainingConfig:
+    """Build a config from what a YAML file holds.
+
+    Args:
+        document: Nested as in the file.
+        source: Where it comes from, for the messages.
+
+    Raises:
+        ConfigError: Any key or value is wrong.
+    """
+    values: Values = dict(_flatten(document, ()))
+    sources = {key[:end]: source for key in values for end in range(1, len(key) + 1)}
+    if ("env",) not in values:
+        raise ConfigError(f"no environment: {source} has no `env`")
+    return _validate(values, sources)
+
+
+def _validate(values: Values, sources: Sources) -> TrainingConfig:
+    config_class = _config_class(values, sources)
+    _check_keys(config_class, values, sources)
     try:
-        return TrainingConfig.model_validate(_nest(values))
+        return config_class.model_validate(_nest(values))
     except ValidationError as exc:
-        raise ConfigError(_describe(exc, values, sources)) from exc
+        raise ConfigError(_describe(config_class, exc, values, sources)) from exc
 
 
 def dump_config(config: TrainingConfig) -> str:
@@ -180,9 +201,12 @@ def _flatten(mapping: Mapping[Any, Any], prefix: Key) -> Iterator[tuple[Key, Any
             yield key, value
 
 
-def _section(key: Key) -> type[BaseModel] | None:
-    # The config model that a key names: () is TrainingConfig, ("stop",) StopConfig, else None.
-    model: type[BaseModel] = TrainingConfig
+def _section(key: Key, config_class: type[TrainingConfig] | None = None) -> type[BaseModel] | None:
+    # The config model that a key names: () is the config's own, ("stop",) StopConfig, else None.
+    if config_class is None:  # one that has any algorithm's sections
+        found = (_section(key, config) for config in ALGORITHMS.values())
+        return next(filter(None, found), None)
+    model: type[BaseModel] = config_class
     for name in key:
         field = model.model_fields.get(name)
         annotation = field.annotation if field else None
@@ -196,11 +220,15 @@ def _names(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _all_keys() -> dict[Key, str]:
+def _all_keys(config_class: type[TrainingConfig]) -> dict[Key, str]:
     # Every key of the config to its last name.
-    top = [(name,) for name in _names(TrainingConfig)]
-    keys = top + [(*key, name) for key in top if (model := _section(key)) for name in _names(model)]
-    return {key: key[-1] for key in keys}
+    def below(prefix: Key) -> Iterator[Key]:
+        model = _section(prefix, config_class)
+        for name in _names(model) if model else ():
+            yield (*prefix, name)
+            yield from below((*prefix, name))
+
+    return {key: key[-1] for key in below(())}
 
 
 def _parse_set(text: str) -> tuple[Key, Any]:
@@ -213,8 +241,8 @@ def _parse_set(text: str) -> tuple[Key, Any]:
     except yaml.YAMLError as exc:
         raise ConfigError(f"--set {text}: the value is not valid YAML") from exc
     key = tuple(name.split("."))
-    if len(key) == 1 and name in AlgorithmSettings.model_fields:
-        key = ("algo_config", name)
+    if any(key[0] in settings_of(algo).model_fields for algo in ALGORITHMS):
+        key = ("algo_config", *key)
     return key, value
 
 
@@ -234,7 +262,7 @@ def _replace(values: Values, key: Key, value: Any) -> None:
                 branch[name] = dict(child) if isinstance(child, dict) else {}
                 branch = branch[name]
             branch[key[-1]] = value
-            if key[:end] in _all_keys():
+            if any(key[:end] in _all_keys(config) for config in ALGORITHMS.values()):
                 values[key[:end]] = inner
                 return
             break
@@ -251,11 +279,11 @@ def _nest(values: Values) -> dict[str, Any]:
     return nested
 
 
-def _check_keys(values: Values, sources: Sources) -> None:
-    known = _all_keys()
+def _check_keys(config_class: type[TrainingConfig], values: Values, sources: Sources) -> None:
+    known = _all_keys(config_class)
     for key in values:
         if key in known:
-            if _section(key) is not None:
+            if _section(key, config_class) is not None:
                 value = values[key]
                 raise ConfigError(
                     f"`{'.'.join(key)}` is a section, expected `key: value` lines under it, "
@@ -266,6 +294,11 @@ def _check_keys(values: Values, sources: Sources) -> None:
         where = _source(sources, key)
         if key[-1] in _ELSEWHERE:
             raise ConfigError(f"no setting `{name}` ({where}): {_ELSEWHERE[key[-1]]}")
+        if others := [algo for algo, other in ALGORITHMS.items() if key in _all_keys(other)]:
+            ours = config_class.model_fields["algo"].default
+            raise ConfigError(
+                f"no setting `{name}` of {ours} ({where}); it is one of {', '.join(others)}"
+            )
         raise ConfigError(f"no setting `{name}` ({where}){_nearest(key, known)}")
 
 
@@ -289,25 +322,27 @@ def _nearest(key: Key, known: Mapping[Key, str]) -> str:
     return f"; known here: {names}"
 
 
-def _check_algorithm(values: Values, sources: Sources) -> None:
-    given = values.get(("algo",))
-    if given is None:
-        return
-    if not isinstance(given, str) or given.upper() not in SUPPORTED_ALGORITHMS:
+def _config_class(values: Values, sources: Sources) -> type[TrainingConfig]:
+    given = values.setdefault(("algo",), "PPO")
+    if not isinstance(given, str) or given.upper() not in ALGORITHMS:
         raise ConfigError(
             f"algorithm {given!r} is not supported ({_source(sources, ('algo',))}); "
-            f"supported: {', '.join(SUPPORTED_ALGORITHMS)}"
+            f"supported: {', '.join(ALGORITHMS)}"
         )
     values[("algo",)] = given.upper()
+    return ALGORITHMS[given.upper()]
 
 
-def _describe(exc: ValidationError, values: Values, sources: Sources) -> str:
+def _describe(
+    config_class: type[TrainingConfig], exc: ValidationError, values: Values, sources: Sources
+) -> str:
+    known = _all_keys(config_class)
     errors = exc.errors(include_url=False)
     error = errors[0]
     # Past a leaf key pydantic adds list indexes and the names of union members.
     key: Key = ()
     for part in error["loc"]:
-        if not (isinstance(part, str) and (*key, part) in _all_keys()):
+        if not (isinstance(part, str) and (*key, part) in known):
             break
         key = (*key, part)
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -315,7 +350,7 @@ def _describe(exc: ValidationError, values: Values, sources: Sources) -> str:
         text = f"`{'.'.join(key)}` is missing"
     elif not key:  # settings that don't fit each other
         text = message
-    elif _section(key) is not None:
+    elif _section(key, config_class) is not None:
         text = f"`{'.'.join(key)}`: {message}"
     else:
         expected = message if message.startswith("expected") else f"expected {message}"

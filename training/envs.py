@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from training.config import TrainingConfig
+from training.env_building import build_env
 from training.errors import ConfigError, EnvironmentFailedError
 from training.spaces import check_spaces, describe
 
@@ -31,7 +32,7 @@ def check_environment(config: TrainingConfig) -> list[str]:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same warnings come again, and are logged, in training
-        env = _make(config.env, config.env_config)
+        env = _make(config)
         try:
             notes = check_spaces(config, env.observation_space, env.action_space)
             observation, _ = env.reset()
@@ -51,9 +52,12 @@ def check_environment(config: TrainingConfig) -> list[str]:
     return notes
 
 
-def _make(env_id: str, env_config: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
+def _make(config: TrainingConfig) -> gymnasium.Env[Any, Any]:
+    env_id, env_config = config.env, config.env_config
     try:
-        return gymnasium.make(env_id, **env_config)
+        return build_env(env_id, env_config, tuple(config.wrapper_calls()))
+    except ConfigError:
+        raise
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as exc:
         raise ConfigError(f"no environment {env_id!r}{_nearest(env_id)}") from exc
     except gymnasium.error.DependencyNotInstalled as exc:
@@ -65,14 +69,22 @@ def _make(env_id: str, env_config: Mapping[str, Any]) -> gymnasium.Env[Any, Any]
     except gymnasium.error.Error as exc:
         raise ConfigError(f"environment id {env_id!r} can't be used: {exc}") from exc
     except TypeError as exc:
-        if not env_config:
-            raise _failed(env_id, exc) from exc
-        keys = ", ".join(env_config)
-        raise ConfigError(
-            f"environment {env_id!r} does not take these arguments (env_config: {keys}): {exc}"
-        ) from exc
+        raise _wrong_arguments(config, exc) from exc
     except Exception as exc:
         raise _failed(env_id, exc) from exc
+
+
+def _wrong_arguments(
+    config: TrainingConfig, exc: TypeError
+) -> ConfigError | EnvironmentFailedError:
+    given = [f"env_config: {', '.join(config.env_config)}"] if config.env_config else []
+    for path, kwargs in config.wrapper_calls():
+        given += [f"{path}: {', '.join(kwargs)}"] if kwargs else []
+    if not given:
+        return _failed(config.env, exc)
+    return ConfigError(
+        f"environment {config.env!r} does not take these arguments ({'; '.join(given)}): {exc}"
+    )
 
 
 def _failed(env_id: str, exc: Exception) -> EnvironmentFailedError:

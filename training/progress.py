@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -30,13 +31,14 @@ class ProgressRow:
         episode_return_max: Over the same episodes.
         episode_length_mean: Over the same episodes, in steps.
         n_episodes: That ended in this iteration.
-        env_steps_per_s: In this iteration, learning included.
-        policy_loss: PPO's clipped objective, negated; mean over the iteration's last epoch.
-        vf_loss: Mean squared error of the value network.
-        entropy: Of the policy, in nats.
-        vf_explained_var: Share of the returns' variance that the value network explains.
-        gradient_norm: Before clipping.
-        lr: Learning rate.
+        n_terminated: Of them, those that ended by the environment's own rule.
+        n_truncated: Of them, those that were cut off, for example by a time limit.
+        evaluation_return_mean: Of this iteration's evaluation; None without one.
+        evaluation_return_std: Its population's standard deviation.
+        evaluation_length_mean: Of the same episodes, in steps.
+        n_evaluation_episodes: How many it has.
+        env_steps_per_s: In this iteration, learning included, without the evaluation.
+        losses: The algorithm's own columns (`training.losses.LOSSES`); docs/metrics.md has them.
     """
 
     iteration: int
@@ -47,13 +49,19 @@ class ProgressRow:
     episode_return_max: float | None
     episode_length_mean: float | None
     n_episodes: int
+    n_terminated: int
+    n_truncated: int
+    evaluation_return_mean: float | None
+    evaluation_return_std: float | None
+    evaluation_length_mean: float | None
+    n_evaluation_episodes: int | None
     env_steps_per_s: float
-    policy_loss: float
-    vf_loss: float
-    entropy: float
-    vf_explained_var: float
-    gradient_norm: float
-    lr: float
+    losses: Mapping[str, float]
+
+    def cells(self) -> dict[str, float | int | None]:
+        """Every column of progress.csv by its name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**{name: value for name, value in named.items() if name != "losses"}, **self.losses}
 
 
 class ProgressFile:
@@ -68,8 +76,8 @@ class ProgressFile:
         with self._path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             if is_new:
-                writer.writerow(field.name for field in fields(ProgressRow))
-            writer.writerow(_cell(value) for value in asdict(row).values())
+                writer.writerow(row.cells())
+            writer.writerow(_cell(value) for value in row.cells().values())
 
 
 class ProgressLine:
@@ -81,6 +89,7 @@ class ProgressLine:
         self._quiet = quiet
         self._live = Live(console=console, transient=True, auto_refresh=False)
         self._speed: float | None = None
+        self._evaluation: float | None = None
         self._next_plain_line_s = 0.0
 
     def __enter__(self) -> ProgressLine:
@@ -107,10 +116,13 @@ class ProgressLine:
 
     def _text(self, row: ProgressRow) -> str:
         mean = row.episode_return_mean
+        if row.evaluation_return_mean is not None:
+            self._evaluation = row.evaluation_return_mean
         parts = [
             f"iteration {row.iteration}",
             f"{row.env_steps:,} steps",
             "return -" if mean is None else f"return {mean:.1f}",
+            "" if self._evaluation is None else f"evaluation {self._evaluation:.1f}",
             f"{self._speed or 0.0:,.0f} steps/s",
             self._left(row),
         ]

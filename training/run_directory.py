@@ -7,6 +7,7 @@ RUN_DIR/
   result.json      how it ended
   train.log        whatever Ray and RLlib said, and the traceback of a failed run
   checkpoints/     iteration_000020/ ..., and the links `best` and `last`
+  replay_buffer/   off-policy algorithms: what the newest checkpoint goes on learning from
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class RunDirectory:
         self.result_file = self.path / "result.json"
         self.log_file = self.path / "train.log"
         self.checkpoints = self.path / "checkpoints"
+        self.replay_buffer = self.path / "replay_buffer"
 
     def create(self, facts: Mapping[str, Any], config_yaml: str) -> None:
         """Start a new run here.

@@ -17,6 +17,7 @@ def run_facts(config: TrainingConfig) -> dict[str, Any]:
     return {
         "env": config.env,
         "env_config": dict(config.env_config),
+        "wrappers": [[path, kwargs] for path, kwargs in config.wrapper_calls()],
         "algo": config.algo,
         "seed": config.seed,
         "versions": {

@@ -33,6 +33,7 @@ def check_spaces(
     """
     _check_observations(config.env, observation_space)
     _check_actions(config.env, action_space)
+    _check_algorithm(config, action_space)
     _check_memory(config, action_space)
     _check_previous(config, action_space)
     _check_frame_stack(config, observation_space)
@@ -126,6 +127,24 @@ def _action_problem(leaf: spaces.Space[Any]) -> str | None:
         ", which can't be trained on: expected Discrete, MultiDiscrete, a float Box with one axis, "
         "or a Dict or Tuple of them"
     )
+
+
+def _check_algorithm(config: TrainingConfig, action_space: spaces.Space[Any]) -> None:
+    found = f"environment {config.env!r} has actions {describe(action_space)}"
+    if config.algo == "DQN" and not isinstance(action_space, spaces.Discrete):
+        raise ConfigError(
+            f"DQN chooses among Discrete actions, and {found}: use PPO, or SAC for a Box"
+        )
+    if config.algo != "SAC" or isinstance(action_space, spaces.Discrete):
+        return
+    if not isinstance(action_space, spaces.Box):
+        raise ConfigError(f"SAC takes a Box or Discrete actions, and {found}: use PPO")
+    if not (action_space.is_bounded() and config.normalize_actions):
+        raise ConfigError(
+            "SAC's actions lie in [-1, 1] and are scaled to the environment's: that needs bounds "
+            f"of each component and `normalize_actions`, and {found}"
+            + ("" if action_space.is_bounded() else " without bounds")
+        )
 
 
 def _check_memory(config: TrainingConfig, action_space: spaces.Space[Any]) -> None:

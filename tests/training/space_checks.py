@@ -11,7 +11,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from training.algorithm import build_algorithm, run_iteration
 from training.cluster import ray_cluster
-from training.config import TrainingConfig
+from training.config import PPOTrainingConfig
 from training.config_files import load_config
 from training.envs import check_environment
 
@@ -86,7 +86,7 @@ class Counting(gymnasium.Env[Any, Any]):
         return np.full(self.observation_space.shape, self.n_steps + 1, np.float32)
 
 
-def config(env: str, *sets: str) -> TrainingConfig:
+def config(env: str, *sets: str) -> PPOTrainingConfig:
     # Fragments of 8 steps: episodes are cut into chunks.
     small = ("train_batch_size_per_learner=64", "minibatch_size=32", "num_epochs=2")
     sets = (*small, "scale_rewards=false", *sets)

@@ -41,7 +41,7 @@ def test_help_is_fast_and_names_every_flag(policyserve):
     [
         ([], "no environment"),
         (["--env", "CartPole-v9"], "CartPole-v1"),
-        (["--env", "CartPole-v1", "--algo", "DQN"], "supported: PPO"),
+        (["--env", "CartPole-v1", "--algo", "A2C"], "supported: PPO"),
         (["--env", "CartPole-v1", "--set", "gama=0.9"], "gamma"),
         (["--env", "FrozenLake-v1", "--set", "frame_stack=4"], "Discrete(16)"),
         (["--env", "Pendulum-v1", "--set", "prev_actions=1"], "needs Discrete actions"),

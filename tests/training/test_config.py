@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import DEFAULT_TIMESTEPS, AlgorithmSettings, ModelConfig, TrainingConfig
+from training.config import DEFAULT_TIMESTEPS, ModelConfig, PPOSettings, PPOTrainingConfig
 from training.config_files import dump_config, load_config, shipped_configs, shipped_for
 from training.errors import ConfigError
 
@@ -38,7 +38,7 @@ def test_flags_beat_yaml_and_set_beats_flags(tmp_path):
     assert config.seed == 2
     assert config.num_env_runners == 5
     assert config.algo_config.lr == 0.001
-    assert config.algo_config.lambda_ == AlgorithmSettings().lambda_
+    assert config.algo_config.lambda_ == PPOSettings().lambda_
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,14 @@ def test_a_misspelt_key_names_the_nearest_and_where_it_stood(tmp_path, yaml_text
         ("env: X\nmodel: 3\n", [], ["`model` is a section", "3"]),
         ("env: X\n", ["stop.timesteps=0"], ["0", "greater than or equal to 1"]),
         ("env: X\n", ["lr"], ["key=value"]),
-        ("env: X\nalgo: DQN\n", [], ["'DQN'", "supported: PPO", "line 2"]),
+        ("env: X\nalgo: A2C\n", [], ["'A2C'", "supported: PPO", "line 2"]),
+        (
+            "env: X\nalgo: DQN\n",
+            ["clip_param=0.1"],
+            ["`algo_config.clip_param` of DQN", "PPO, APPO"],
+        ),
+        ("env: X\nalgo: sac\n", ["lr=0.1"], ["`algo_config.lr` of SAC"]),
+        ("env: X\n", ["wrappers=[Flat]"], ["Flat", "module:Name"]),
         ("env: X\nenv: Y\n", [], ["`env` stands twice"]),
         ("env: [X\n", [], ["not valid YAML", "line"]),
         ("- env\n", [], ["list", "key: value"]),
@@ -184,7 +191,7 @@ def test_an_unknown_config_names_the_shipped_one_that_is_nearest():
 
 
 def test_every_setting_has_a_docstring():
-    for model in (TrainingConfig, AlgorithmSettings, ModelConfig):
+    for model in (PPOTrainingConfig, PPOSettings, ModelConfig):
         missing = [name for name, field in model.model_fields.items() if not field.description]
         assert missing == []
 

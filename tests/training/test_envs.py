@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from training.config import TrainingConfig
+from training.config import PPOTrainingConfig
 from training.envs import check_environment
 from training.errors import ConfigError, EnvironmentFailedError
 
@@ -15,7 +15,7 @@ FLOAT_BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
 
 
 def check(env_id, **env_config):
-    return check_environment(TrainingConfig(env=env_id, env_config=env_config))
+    return check_environment(PPOTrainingConfig(env=env_id, env_config=env_config))
 
 
 class SpaceEnv(gymnasium.Env):
@@ -121,7 +121,7 @@ def test_checking_an_environment_needs_no_ray():
 
     code = (
         "import sys, training.envs, training.cli, training.run_directory, training.provenance;"
-        "config = training.config.TrainingConfig(env='CartPole-v1');"
+        "config = training.config.PPOTrainingConfig(env='CartPole-v1');"
         "training.envs.check_environment(config);"
         "assert not {'ray', 'torch'} & set(sys.modules)"
     )

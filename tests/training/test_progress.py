@@ -19,13 +19,21 @@ ROW = ProgressRow(
     episode_return_max=30.0,
     episode_length_mean=21.25,
     n_episodes=12,
+    n_terminated=11,
+    n_truncated=1,
+    evaluation_return_mean=None,
+    evaluation_return_std=None,
+    evaluation_length_mean=None,
+    n_evaluation_episodes=None,
     env_steps_per_s=2000.0,
-    policy_loss=-0.01,
-    vf_loss=0.5,
-    entropy=0.69,
-    vf_explained_var=0.1,
-    gradient_norm=1.0,
-    lr=0.001,
+    losses={"policy_loss": -0.01, "vf_loss": 0.5},
+)
+EVALUATED = replace(
+    ROW,
+    evaluation_return_mean=40.0,
+    evaluation_return_std=1.5,
+    evaluation_length_mean=41.0,
+    n_evaluation_episodes=10,
 )
 
 
@@ -39,13 +47,16 @@ def lines(stop: StopConfig, *rows: ProgressRow, quiet: bool = False) -> list[str
 
 def test_rows_are_appended_under_one_header(tmp_path):
     path = tmp_path / "progress.csv"
-    ProgressFile(path).append(replace(ROW, episode_return_mean=None, vf_loss=math.nan))
-    ProgressFile(path).append(replace(ROW, iteration=5))  # a resumed run
+    nothing = {"policy_loss": -0.01, "vf_loss": math.nan}
+    ProgressFile(path).append(replace(ROW, episode_return_mean=None, losses=nothing))
+    ProgressFile(path).append(replace(EVALUATED, iteration=5))  # a resumed run
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["iteration"] for row in rows] == ["4", "5"]
     assert (rows[0]["episode_return_mean"], rows[0]["vf_loss"]) == ("", "")
     assert (rows[1]["episode_return_mean"], rows[1]["env_steps"]) == ("21.25", "4000")
+    assert [row["evaluation_return_mean"] for row in rows] == ["", "40"]
+    assert [row["n_truncated"] for row in rows] == ["1", "1"]
     for column in "time_s episode_return_min episode_length_mean n_episodes".split():  # noqa: SIM905
         assert column in rows[0]
 

@@ -2,61 +2,70 @@ from __future__ import annotations
 
 import json
 
-from training.returns import ReturnTracker
+from training.episodes import PlayedEpisode
+from training.returns import BestPolicy, ReturnTracker
+
+
+def episodes(*returns: float, length: int = 1) -> list[PlayedEpisode]:
+    return [PlayedEpisode(value, length, terminated=True, truncated=False) for value in returns]
 
 
 def test_the_recent_mean_is_over_the_newest_episodes():
     tracker = ReturnTracker(stop_window=3, best_window=5)
     assert tracker.recent_mean() is None
-    tracker.add([1.0, 2.0], [10, 20])
+    tracker.add(episodes(1.0, 2.0, length=10))
     assert tracker.recent_mean() == 1.5
-    tracker.add([3.0, 7.0], [30, 40])
-    assert tracker.recent() == ([2.0, 3.0, 7.0], [20, 30, 40])
+    tracker.add(episodes(3.0, 7.0, length=30))
+    assert tracker.recent() == ([2.0, 3.0, 7.0], [10, 30, 30])
     assert tracker.recent_mean() == 4.0
 
 
-def test_a_lucky_first_episode_reaches_no_stop_and_is_no_best():
+def test_a_lucky_first_episode_reaches_no_stop_and_is_judged_by_nobody():
     tracker = ReturnTracker(stop_window=3, best_window=3)
-    tracker.add([500.0, 500.0], [1, 1])
+    tracker.add(episodes(500.0, 500.0))
     assert not tracker.has_reached(475)
-    assert not tracker.is_best()
-    assert tracker.best is None
-    tracker.add([500.0], [1])
+    assert tracker.best_window() == []
+    tracker.add(episodes(500.0))
     assert tracker.has_reached(475)
     assert not tracker.has_reached(500.5)
-    assert tracker.is_best()
-    assert tracker.best == 500
+    assert tracker.best_window() == [500.0] * 3
+
+
+def test_a_restored_tracker_goes_on_where_the_first_was():
+    first = ReturnTracker(stop_window=2, best_window=4)
+    first.add(episodes(10.0, 20.0, 10.0, 20.0, length=7))
+    second = ReturnTracker(stop_window=2, best_window=4)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.recent() == ([10.0, 20.0], [7, 7])
+    assert second.best_window() == [10.0, 20.0, 10.0, 20.0]
 
 
 def test_of_equals_the_later_is_best_and_a_clearly_worse_one_is_not():
-    tracker = ReturnTracker(stop_window=2, best_window=4)
-    tracker.add([10.0, 20.0, 10.0, 20.0], [1] * 4)
-    assert tracker.is_best()  # mean 15, deviation 5, standard error 2.5: the threshold is 12.5
-    tracker.add([10.0, 16.0, 10.0, 16.0], [1] * 4)
-    assert tracker.is_best()  # 13 is within it
-    assert tracker.best == 13
-    tracker.add([10.0, 14.0, 10.0, 14.0], [1] * 4)
-    assert not tracker.is_best()  # 12 is not, and the threshold did not sink with the 13
-    assert tracker.best == 13
+    best = BestPolicy()
+    assert not best.is_best([])
+    assert best.mean is None
+    # Mean 15, deviation 5, standard error 2.5: the threshold is 12.5.
+    assert best.is_best([10.0, 20.0, 10.0, 20.0])
+    assert best.is_best([10.0, 16.0, 10.0, 16.0])  # 13 is within it
+    assert best.mean == 13
+    # 12 is not, and the threshold did not sink with the 13.
+    assert not best.is_best([10.0, 14.0, 10.0, 14.0])
+    assert best.mean == 13
 
 
-def test_a_restored_tracker_judges_as_the_first_would():
-    first = ReturnTracker(stop_window=2, best_window=4)
-    first.add([10.0, 20.0, 10.0, 20.0], [5, 6, 7, 8])
-    first.is_best()
-    second = ReturnTracker(stop_window=2, best_window=4)
+def test_a_restored_best_judges_as_the_first_would():
+    first = BestPolicy()
+    first.is_best([10.0, 20.0, 10.0, 20.0])
+    second = BestPolicy()
     second.restore(json.loads(json.dumps(first.state())))
-    assert second.recent() == ([10.0, 20.0], [7, 8])
-    assert second.best == 15
-    second.add([10.0, 14.0, 10.0, 14.0], [1] * 4)
-    assert not second.is_best()
-    second.forget_best()
-    assert second.is_best()
+    assert second.mean == 15
+    assert not second.is_best([10.0, 14.0, 10.0, 14.0])
+    second.forget()
+    assert second.is_best([10.0, 14.0, 10.0, 14.0])
 
 
-def test_a_tracker_without_a_best_restores_too():
-    first = ReturnTracker(stop_window=2, best_window=4)
-    second = ReturnTracker(stop_window=2, best_window=4)
-    second.restore(json.loads(json.dumps(first.state())))
-    assert second.best is None
-    assert second.recent_mean() is None
+def test_a_best_of_nothing_restores_too():
+    second = BestPolicy()
+    second.restore(json.loads(json.dumps(BestPolicy().state())))
+    assert second.mean is None
+    assert second.is_best([-1000.0])
