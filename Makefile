@@ -9,7 +9,7 @@ BENCH ?=
 # Compiled modules are kept: the suite starts hundreds of processes, each of which would compile them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test test-fast test-export-matrix format check bench bench-export bench-bundles lock lock-peers clean
+.PHONY: install demo test test-fast test-export-matrix format check bench bench-training bench-export bench-bundles lock lock-peers clean
 
 install: $(STAMP)
 
@@ -51,6 +51,11 @@ check: install
 bench: install
 	$(BIN)/python -m loadtests.bench $(BENCH)
 
+# Training beside Stable-Baselines3 (in an environment of its own) and plain RLlib, about 9 minutes;
+# BENCH=--quick for a first look.
+bench-training: install
+	$(BIN)/python -m training.bench $(BENCH)
+
 # What a bundle's graph costs beside the bare network, and how long an export and a load take.
 bench-export: install
 	$(BIN)/python -m export.bench
@@ -73,7 +78,8 @@ lock: install
 # Pin the peers of `make bench` again, from what each peer's .in file names.
 lock-peers: install
 	$(BIN)/python -m pip install --quiet uv
-	for file in loadtests/peers/requirements/*.in; do \
+	for file in loadtests/peers/requirements/*.in training/bench/requirements/*.in; do \
 		$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
 			--no-emit-index-url --no-emit-find-links $$file -o $${file%.in}.txt || exit 1; \
 	done
+	sed -i -E '/^(nvidia-|cuda-|triton==)/d' training/bench/requirements/sb3.txt

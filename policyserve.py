@@ -22,7 +22,10 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("training.cli:train", "Train a policy: environment to checkpoints.", "train"),
+    "tune": Verb("training.tuning.cli:tune", "Search for good settings: many runs.", "train"),
     "evaluate": Verb("export.cli:evaluate", "Play episodes and report returns.", "client"),
+    "plot": Verb("training.plot_cli:plot", "Draw learning curves or a search.", "train"),
+    "record": Verb("export.record_cli:record", "Policies to a video, side by side.", "export"),
     "export": Verb("export.cli:export", "Checkpoint to bundle, parity-proved.", "export"),
     "inspect": Verb(
         "serving.cli:inspect", "What a bundle expects, returns, and comes from.", "serve"

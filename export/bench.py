@@ -28,7 +28,7 @@ from rich.table import Table
 
 from export.bench_graphs import candidates, compare_times, write_bare_network
 from export.checkpoint import load_checkpoint
-from export.cli import prepare_rllib
+from export.rllib_process import prepare_rllib
 from serving.bundle import TORCHSCRIPT
 from training.run_directory import find_checkpoint
 

@@ -7,7 +7,6 @@ So nothing is unpickled before `_require_trust` has agreed.
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,10 @@ from export.layout import (
     without_module,
 )
 from export.policy import Checkpoint
-from training.provenance import verify_checkpoint
+from serving.environments import Wrapper, wrappers_of
+from serving.errors import UsageError
+from training.import_paths import let_modules_of_this_directory_be_imported
+from training.provenance import SIGNATURE_FILE, verify_checkpoint
 
 # Its policy is a world model of its own, with no RLModule forward pass to export.
 _WITHOUT_POLICY_MODULE = ("DreamerV3",)
@@ -80,18 +82,28 @@ def load_checkpoints(
         )
     env_to_module, module_to_env = _load_pipelines(directory)
     freeze_filters(env_to_module)
+    noted = verify_checkpoint(directory).facts
     base = without_module(
         directory,
         module_id,
         config,
         (env_to_module, module_to_env),
         algorithm=algorithm_class.__name__,
-        facts={"ray_version": ray_version} | _run_facts(directory),
+        facts={"ray_version": ray_version}
+        | {key: noted[key] for key in ("iteration", "env_steps") if key in noted},
+        wrappers=_noted_wrappers(noted, directory),
     )
     if config.is_multi_agent:
         return split_agents(base, _load_modules(directory), config, module_id, agents)
     rl_module = _load_module(directory, base.module_id)
     return [replace(base, rl_module=rl_module, pipeline_module=rl_module)]
+
+
+def _noted_wrappers(noted: Mapping[str, Any], directory: Path) -> list[Wrapper]:
+    try:
+        return list(wrappers_of(noted, source=str(directory / SIGNATURE_FILE)))
+    except UsageError as exc:
+        raise CheckpointError(exc.message) from exc
 
 
 def _check_complete(directory: Path) -> None:
@@ -114,12 +126,6 @@ def _require_trust(directory: Path, trust: bool) -> None:
             f"as this user's own training ({provenance.reason}). If you trust where it came from, "
             "add --trust-checkpoint"
         )
-
-
-def _run_facts(directory: Path) -> dict[str, Any]:
-    """How far training was, from the file that `train` puts beside a checkpoint's own."""
-    facts = verify_checkpoint(directory).facts
-    return {key: facts[key] for key in ("iteration", "env_steps") if key in facts}
 
 
 def _read_algorithm(directory: Path) -> tuple[type[Any], Any]:
@@ -149,8 +155,7 @@ def _read_algorithm(directory: Path) -> tuple[type[Any], Any]:
 
 def _unpickle(path: Path) -> Any:
     # A class of the user's own may lie in the directory that the command was started in.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    let_modules_of_this_directory_be_imported()
     try:
         with path.open("rb") as file:
             return pickle.load(file)

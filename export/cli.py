@@ -5,22 +5,25 @@ from __future__ import annotations
 import enum
 import importlib
 import json
-import logging
-import sys
 import time
-import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from export.rllib_process import prepare_rllib
 from serving.cli import Protocol
 from serving.errors import UsageError
 from serving.interface import Policy
 from serving.manifest import PolicyManifest
 from serving.spaces import space_from_gymnasium
+from training.import_paths import let_modules_of_this_directory_be_imported
+from training.progress import return_text
+from training.remote_files import is_uri
+from training.storage import fetch_run
 
 _console = Console(highlight=False, soft_wrap=True)
 _FORMATS = ("onnx", "torchscript", "pt2")
@@ -43,9 +46,10 @@ class PrecisionChoice(str, enum.Enum):
 
 def export(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="A run directory of `train` (its best checkpoint), or a checkpoint.",
+            help="A run directory of `train` (its best checkpoint), or a checkpoint; a path or a "
+            "URI such as s3://bucket/run.",
             metavar="CHECKPOINT_OR_RUN_DIR",
         ),
     ],
@@ -139,7 +143,8 @@ def export(
     reading = (trust_checkpoint, safe, config, module_id, _parse_agents(agent or []))
     writing = (chosen, deterministic_action.value, precision.value, tolerance)
     started = time.perf_counter()
-    written = _export(source, output, twins or [], reading, writing)
+    with fetch_run(source) if is_uri(source) else nullcontext(Path(source)) as path:
+        written = _export(path, output, twins or [], reading, writing)
     _print_written(written, as_json=as_json)
     if not as_json:
         duration_s = time.perf_counter() - started
@@ -224,8 +229,7 @@ def _parse_agents(entries: list[str]) -> dict[str, str] | None:
 
 
 def _import_twins(name: str) -> None:
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    let_modules_of_this_directory_be_imported()
     try:
         importlib.import_module(name)
     except ImportError as exc:
@@ -241,9 +245,20 @@ def evaluate(
             metavar="POLICY",
         ),
     ],
-    env: Annotated[str, typer.Option(help="A Gymnasium environment id.", metavar="ID")],
+    env: Annotated[
+        str | None,
+        typer.Option(help="A Gymnasium environment id [the one the policy names].", metavar="ID"),
+    ] = None,
     env_config: Annotated[
         str | None, typer.Option(help="The environment's keyword arguments.", metavar="JSON")
+    ] = None,
+    wrapper: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A wrapper around the environment: module:Class, or module:Class=JSON with its "
+            "arguments; repeatable.",
+            metavar="PATH",
+        ),
     ] = None,
     episodes: Annotated[int, typer.Option(help="Episodes to play.", min=1)] = 20,
     seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
@@ -266,16 +281,19 @@ def evaluate(
     ] = False,
 ) -> None:
     """Play whole episodes with a policy in any of its forms and report the returns."""
+    from export.policy_environments import environments_for
     from serving.client import PolicyClient
-    from serving.rollout import evaluate_policy, make_env, parse_env_config
+    from serving.environments import parse_env_config, parse_wrappers
+    from serving.rollout import evaluate_policy
     from serving.stream_client import StreamClient
 
-    environment = make_env(env, **parse_env_config(env_config))
+    reading: dict[str, Any] = {"trust": trust_checkpoint, "protocol": protocol.value}
+    asked = (env, parse_env_config(env_config), parse_wrappers(wrapper or []))
+    (named,) = environments_for([policy], *asked, **reading)
+    environment = named.make()
     player: Policy | None = None
     try:
-        player = resolve_policy(
-            policy, env, environment, seed=seed, trust=trust_checkpoint, protocol=protocol.value
-        )
+        player = resolve_policy(policy, named.id, environment, seed=seed, **reading)
         result = evaluate_policy(
             player,
             environment,
@@ -292,10 +310,15 @@ def evaluate(
     if as_json:
         print(json.dumps(summary))
         return
-    interval = "" if summary["ci95_return"] is None else f", 95 % CI ± {summary['ci95_return']:.1f}"
+    mean, std = (return_text(float(summary[name] or 0.0)) for name in ("mean_return", "std_return"))
+    interval = (
+        ""
+        if summary["ci95_return"] is None
+        else f", 95 % CI ± {return_text(summary['ci95_return'])}"
+    )
     _console.print(
-        f"{policy} on {env}: mean return {summary['mean_return']:.1f} ± "
-        f"{summary['std_return']:.1f}{interval} over {summary['n_episodes']} episodes "
+        f"{policy} on {named.id}: mean return {mean} ± "
+        f"{std}{interval} over {summary['n_episodes']} episodes "
         f"({'sampled' if stochastic else 'greedy'}); mean length {summary['mean_length']:.0f}, "
         f"{summary['n_terminated']} terminated, {summary['n_truncated']} truncated"
     )
@@ -331,12 +354,9 @@ def resolve_policy(
             client.close()
             raise
         return client
-    path = Path(policy)
-    if not path.is_dir():
-        raise UsageError(
-            f"{policy!r} is no run directory, checkpoint or bundle (no such directory), no URL, "
-            "and not `random`"
-        )
+    from export.policy_environments import policy_directory
+
+    path = policy_directory(policy)
     from serving.bundle import MANIFEST
 
     if (path / MANIFEST).is_file():
@@ -356,22 +376,3 @@ def resolve_policy(
     }
     check_spaces(env_id, env, spaces)
     return RLModulePolicy(checkpoint)
-
-
-def prepare_rllib() -> None:
-    """Load Ray and torch as these commands need them; called before RLlib is imported.
-
-    Ray's and RLlib's deprecation notices stay off the user's terminal (errors are raised). torch
-    keeps to one thread: the networks answer single observations, for which a second thread only
-    adds waiting, twentyfold where the machine is busy.
-    """
-    warnings.filterwarnings("ignore")
-    import ray
-    import torch
-
-    torch.set_num_threads(1)
-    # Ray gives its loggers their level while it is imported, so this comes after.
-    for name in ("ray", "ray.rllib", *logging.root.manager.loggerDict):
-        if name.split(".")[0] == "ray":
-            logging.getLogger(name).setLevel(logging.ERROR)
-    assert ray.__version__

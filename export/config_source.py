@@ -26,6 +26,7 @@ from serving.errors import UsageError
 from training.algorithm import rllib_config
 from training.config_files import load_config
 from training.errors import TrainingError
+from training.import_paths import let_modules_of_this_directory_be_imported
 from training.run_directory import RunDirectory
 
 SpacePair = tuple[gym.Space[Any], gym.Space[Any]]
@@ -38,11 +39,10 @@ _WAYS = (
 
 @contextlib.contextmanager
 def current_directory_importable() -> Iterator[None]:
-    """Let `module:attribute` name a file of the current directory, as `python -m` does."""
+    """Let `module:attribute` name a file of the current directory, behind what is installed."""
     here = str(Path.cwd())
     is_new = here not in sys.path
-    if is_new:
-        sys.path.insert(0, here)
+    let_modules_of_this_directory_be_imported()
     try:
         yield
     finally:
@@ -122,11 +122,14 @@ def _config_of_run(checkpoint: Path) -> AlgorithmConfig:
         config = load_config(path)
     except TrainingError as exc:
         raise CheckpointError(f"{exc.message}; {_WAYS}") from exc
-    if ":" in config.env:
+    named = [config.env] if ":" in config.env else []
+    named += [wrapper for wrapper, _ in config.wrapper_calls()]
+    named += [config.model.module] if config.model.module else []
+    if named:
         # The file is as little trusted as the checkpoint, and this would import what it names.
         raise CheckpointError(
-            f"{path} has the environment {config.env!r}, which imports a module by name; if that "
-            f"is yours, say so with --config {path}"
+            f"{path} names {named[0]!r}, which imports a module by name; if that is yours, say so "
+            f"with --config {path}"
         )
     return rllib_config(config)
 

@@ -288,7 +288,11 @@ def _facts(checkpoint: Checkpoint, graph: PolicyGraph, options: ExportOptions) -
     environment = (
         None
         if checkpoint.env_id is None
-        else {"id": checkpoint.env_id, "kwargs": _plain_arguments(checkpoint) or {}}
+        else {
+            "id": checkpoint.env_id,
+            "kwargs": _plain_arguments(checkpoint) or {},
+            "wrappers": [list(wrapper) for wrapper in checkpoint.wrappers],
+        }
     )
     packages = ("policyserve", "ray", "torch", "onnx", "onnxruntime", "gymnasium", "numpy")
     noise = graph.distribution.noise if graph.distribution else ()

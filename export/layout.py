@@ -13,6 +13,7 @@ from export.errors import CheckpointError, UnsupportedPolicyError
 from export.legacy import explain_legacy
 from export.policy import Checkpoint
 from training.errors import TrainingError
+from training.rllib_env import environment_id
 from training.run_directory import find_checkpoint
 
 DEFAULT_MODULE_ID = "default_policy"
@@ -69,6 +70,7 @@ def without_module(
     *,
     algorithm: str,
     facts: Mapping[str, Any],
+    wrappers: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> Checkpoint:
     """A checkpoint's policy but for its RLModule.
 
@@ -79,6 +81,7 @@ def without_module(
         pipelines: Env-to-module and module-to-env.
         algorithm: The algorithm's name.
         facts: For the manifest.
+        wrappers: Around the environment, the innermost first.
     """
     env_to_module, module_to_env = pipelines
     return Checkpoint(
@@ -90,8 +93,9 @@ def without_module(
         module_to_env=module_to_env,
         observation_space=env_to_module.input_observation_space,
         action_space=env_to_module.input_action_space,
-        env_id=config.env if isinstance(config.env, str) else None,
+        env_id=environment_id(config.env) if isinstance(config.env, str) else None,
         env_config=dict(config.env_config or {}),
+        wrappers=wrappers,
         facts={"checkpoint": directory.name, **facts},
         env_class=config.env if isinstance(config.env, type) else None,
     )

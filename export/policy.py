@@ -25,6 +25,7 @@ class Checkpoint:
         action_space: What the environment takes (from this agent).
         env_id: The environment's id, where the checkpoint names one.
         env_config: Its keyword arguments.
+        wrappers: Import paths and keyword arguments of the wrappers around it, the innermost first.
         facts: Iteration, steps and versions, for the manifest.
         env_class: The environment's class, where the checkpoint holds one instead of an id.
         agent_id: In a multi-agent checkpoint, the agent whose connectors these are.
@@ -43,6 +44,7 @@ class Checkpoint:
     action_space: gym.Space[Any]
     env_id: str | None
     env_config: Mapping[str, Any]
+    wrappers: Sequence[tuple[str, Mapping[str, Any]]] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     env_class: type[Any] | None = None
     agent_id: Any = None

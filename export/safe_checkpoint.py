@@ -33,6 +33,7 @@ from export.layout import MODULES, locate, only_policy, pipelines_directory, wit
 from export.policy import Checkpoint
 from export.safe_states import restore_connectors, restore_weights
 from training.provenance import SIGNATURE_FILE
+from training.rllib_env import registered_wrappers
 
 
 def load_safe_checkpoint(
@@ -84,6 +85,7 @@ def load_safe_checkpoints(
             (env_to_module, module_to_env),
             algorithm=getattr(rllib_config.algo_class, "__name__", "unknown"),
             facts={"ray_version": ray_version} | _run_facts(path),
+            wrappers=registered_wrappers(str(rllib_config.env)),
         )
         if rllib_config.is_multi_agent:
             return split_agents(base, modules, rllib_config, module_id, agents)

@@ -8,7 +8,8 @@ from typing import Any
 import gymnasium as gym
 
 from export.policy import Checkpoint
-from serving.rollout import make_env
+from serving.environments import make_env
+from training.env_building import build_env, is_plain
 
 
 def training_environment(checkpoint: Checkpoint) -> Callable[[], gym.Env[Any, Any]] | None:
@@ -24,4 +25,7 @@ def training_environment(checkpoint: Checkpoint) -> Callable[[], gym.Env[Any, An
     env_id = checkpoint.env_id
     if env_id is None:
         return None
-    return lambda: make_env(env_id, **checkpoint.env_config)
+    if is_plain(env_id, checkpoint.wrappers):
+        return lambda: make_env(env_id, **checkpoint.env_config)
+    # The user's own code by name: whoever let the checkpoint be read has vouched for it.
+    return lambda: build_env(env_id, checkpoint.env_config, checkpoint.wrappers)

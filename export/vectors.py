@@ -27,7 +27,7 @@ from export.walk import Walk
 from serving.conforming import conform_observations
 from serving.errors import UsageError
 from serving.manifest import NoiseSpec
-from serving.rollout import EnvironmentFailedError
+from serving.play_loop import EnvironmentFailedError
 
 logger = logging.getLogger("policyserve.export")
 

@@ -24,8 +24,8 @@ from loadtests.plan import Protocol
 from loadtests.questions import Questions, make_questions
 from loadtests.recording import REJECTED, Recorder
 from serving.client import PolicyClient
+from serving.environments import NamedEnvironment, described_environment
 from serving.errors import PolicyServingError
-from serving.rollout import make_env, policy_environment
 from serving.stream_client import StreamClient
 
 _PROBE_S = 0.01
@@ -300,12 +300,13 @@ class EnvLoopUser(_PolicyUser):
     def on_start(self) -> None:
         """Make the environments."""
         super().on_start()
-        env_id, kwargs = policy_environment(RUN.policy, RUN.options.env_id)
-        if env_id is None:
+        asked = RUN.options.env_id
+        named = NamedEnvironment(asked, {}) if asked else described_environment(RUN.policy)
+        if named is None:
             raise StopUser("the policy names no environment; give --env-id")
         assert RUN.client is not None
         self._loop = EnvLoop(
-            [make_env(env_id, **kwargs) for _ in range(self.n_envs())],
+            [named.make() for _ in range(self.n_envs())],
             RUN.client.dialect() if self._stream is None else self._stream.dialect(),
             RUN.recorder,
             first_seed=RUN.options.seed + self.number * _SEEDS_PER_USER,

@@ -17,8 +17,9 @@ from loadtests.steps import Step, run_step
 from loadtests.summary import summarise
 from loadtests.verdicts import Limits, broken_limits
 from serving.client import PolicyClient
+from serving.environments import NamedEnvironment, described_environment
 from serving.errors import PolicyServingError
-from serving.rollout import check_spaces, make_env, policy_environment
+from serving.rollout import check_spaces
 from serving.stream_client import StreamClient
 
 _FILES = ("summary.json", "report.html", "windows.csv")
@@ -85,12 +86,12 @@ def _look_at(plan: LoadPlan) -> tuple[str, dict[str, Any]]:
 
 
 def _check_environment(env: str | None, described: Mapping[str, Any]) -> None:
-    env_id, kwargs = policy_environment(described, env)
-    if env_id is None:
+    named = NamedEnvironment(env, {}) if env else described_environment(described)
+    if named is None:
         raise LoadTestUsageError("the policy names no environment: give --env, or --kind queries")
-    made = make_env(env_id, **kwargs)
+    made = named.make()
     try:
-        check_spaces(env_id, made, described)
+        check_spaces(named.id, made, described)
     finally:
         made.close()
 

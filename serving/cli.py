@@ -7,6 +7,7 @@ import enum
 import json
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from serving.spaces import describe_space
 
 if TYPE_CHECKING:  # pydantic is not needed by the commands that only ask
     from serving.config import PolicySource, ServingConfig
+    from serving.environments import NamedEnvironment
 
 _console = Console(highlight=False, soft_wrap=True)
 
@@ -284,11 +286,46 @@ def _json_option(name: str, text: str) -> Any:
         raise UsageError(f"{name} is not JSON: {exc}") from exc
 
 
+def _environment(
+    described: Mapping[str, Any], env: str | None, env_config: str | None, wrappers: Sequence[str]
+) -> NamedEnvironment:
+    """The environment that was asked for, else the one that a policy was trained in."""
+    from serving.environments import (
+        NamedEnvironment,
+        described_environment,
+        parse_env_config,
+        parse_wrappers,
+    )
+
+    kwargs, added = parse_env_config(env_config), parse_wrappers(wrappers)
+    if env is not None:
+        return NamedEnvironment(env, kwargs, added)
+    found = described_environment(described)
+    if found is None:
+        raise UsageError("the policy names no environment; give one: --env ID")
+    return NamedEnvironment(found.id, {**found.kwargs, **kwargs}, (*found.wrappers, *added))
+
+
 def play(
     url: Annotated[str, typer.Argument(help="http://HOST:PORT/v1/policies/NAME", metavar="URL")],
-    env: Annotated[str, typer.Option(help="A Gymnasium environment id.", metavar="ID")],
+    env: Annotated[
+        str | None,
+        typer.Option(
+            help="A Gymnasium environment id, or module:factory [the one the policy was trained "
+            "in].",
+            metavar="ID",
+        ),
+    ] = None,
     env_config: Annotated[
         str | None, typer.Option(help="The environment's keyword arguments.", metavar="JSON")
+    ] = None,
+    wrapper: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A wrapper around the environment: module:Class, or module:Class=JSON with its "
+            "arguments; repeatable.",
+            metavar="PATH",
+        ),
     ] = None,
     episodes: Annotated[int, typer.Option(help="Episodes to play.", min=1)] = 10,
     num_envs: Annotated[
@@ -311,18 +348,19 @@ def play(
 ) -> None:
     """Step an environment here with the actions of a policy that is served elsewhere."""
     from serving.remote import open_policy
-    from serving.rollout import check_spaces, evaluate_policy, make_env, parse_env_config
+    from serving.rollout import check_spaces, evaluate_policy
 
-    kwargs = parse_env_config(env_config)
     with open_policy(url, protocol.value, timeout_s=timeout_s) as client:
-        first = make_env(env, **kwargs)
+        described = client.describe()
+        named = _environment(described, env, env_config, wrapper or [])
+        first = named.make()
         try:
-            check_spaces(env, first, client.describe())
+            check_spaces(named.id, first, described)
         finally:
             first.close()
         result = evaluate_policy(
             client,
-            lambda: make_env(env, **kwargs),
+            named.make,
             n_episodes=episodes,
             seed=seed,
             deterministic=not stochastic,
@@ -343,7 +381,7 @@ def play(
     if as_json:
         print(json.dumps(figures))
         return
-    _console.print(_play_table(url, env, figures))
+    _console.print(_play_table(url, named.id, figures))
 
 
 def _play_table(url: str, env: str, figures: dict[str, Any]) -> Table:

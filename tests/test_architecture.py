@@ -24,7 +24,7 @@ ALLOWED = {
 CLIENT_PARTS = tuple(
     f"serving.{name}"
     for name in (
-        *("calls", "client", "endpoint", "errors", "rollout", "schemas"),
+        *("calls", "client", "endpoint", "environments", "errors", "rollout", "schemas"),
         *("stream_client", "stream_wire"),
     )
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ from typing import Any
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
+from ray.tune.trainable import trainable
 
 from training.algorithm_builders import training_settings
 from training.config import TrainingConfig
 from training.connectors import env_to_module, learner_connector
 from training.episodes import PlayedEpisode
+from training.errors import CheckpointDamagedError
+from training.fast_replay.training_step import accelerate_replay
+from training.fast_sampling import FastEnvRunner
 from training.filter_merging import mend_filter_merging
 from training.losses import LOSSES
 from training.rllib_env import evaluation_environment, rllib_environment
@@ -44,8 +51,10 @@ class IterationResult:
 
 def build_algorithm(config: TrainingConfig) -> Algorithm:
     """Build the algorithm; Ray must be running."""
-    algorithm = rllib_config(config).build_algo()
+    with _no_results_directory():
+        algorithm = rllib_config(config).build_algo()
     mend_filter_merging(algorithm)
+    accelerate_replay(algorithm)
     return algorithm
 
 
@@ -62,6 +71,7 @@ def rllib_config(config: TrainingConfig) -> AlgorithmConfig:
             clip_actions=config.clip_actions,
         )
         .env_runners(
+            env_runner_cls=FastEnvRunner,
             num_env_runners=config.num_env_runners,
             num_envs_per_env_runner=config.num_envs_per_env_runner,
             gym_env_vectorize_mode=config.vectorize_mode,
@@ -77,6 +87,7 @@ def rllib_config(config: TrainingConfig) -> AlgorithmConfig:
         .rl_module(**rllib_module(config))
         .callbacks(on_episode_end=_episode_recorder())
         .debugging(seed=config.seed, log_level="WARN")
+        .reporting(log_gradients=True)
         # A broken environment ends the run; RLlib would otherwise restart its runner for ever.
         .fault_tolerance(restart_failed_env_runners=False)
     )
@@ -90,10 +101,19 @@ def restore_algorithm(config: TrainingConfig, checkpoint: Path) -> Algorithm:
 
     The checkpoint is unpickled: verify it first. Weights, optimizer, filters and counters come from
     the checkpoint; settings from `config`, so that a resumed run may change them.
+
+    Raises:
+        CheckpointDamagedError: RLlib can't restore it.
     """
     algorithm = build_algorithm(config)
     path = str(checkpoint.absolute())  # RLlib fails on a relative one
-    algorithm.restore_from_path(path)
+    try:
+        algorithm.restore_from_path(path)
+    except Exception as exc:  # whatever unpickling raises
+        algorithm.stop()
+        cause = f"{type(exc).__name__}: {exc}".splitlines()[0][:300]
+        raise CheckpointDamagedError(f"RLlib can't restore it: {cause}") from exc
+    _set_learning_rates(algorithm)
     return algorithm
 
 
@@ -113,6 +133,36 @@ def run_iteration(algorithm: Algorithm, losses: str) -> IterationResult:
         episodes=_episodes(runners.get(_EPISODES)),
         losses={name: _number(learner.get(key)) for name, key in LOSSES[losses].items()},
     )
+
+
+def _set_learning_rates(algorithm: Algorithm) -> None:
+    # A restored optimizer has the checkpoint's rates. RLlib's learners put the config's in their
+    # place after the first update, which for PPO is a whole iteration of the old rate; the quick
+    # one of DQN and SAC only where they follow a schedule.
+    key = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+    metrics: Any = algorithm.metrics
+    env_steps = int(metrics.peek(key, default=0))
+
+    def set_rates(learner: Any) -> None:
+        for optimizer, schedule in learner._optimizer_lr_schedules.items():
+            learner._set_optimizer_lr(optimizer, lr=schedule.update(timestep=env_steps))
+
+    group: Any = algorithm.learner_group
+    group.foreach_learner(set_rates)
+
+
+@contextmanager
+def _no_results_directory() -> Iterator[None]:
+    # RLlib makes a directory in the user's ~/ray_results for each algorithm, and writes nothing
+    # into it: a run has a directory of its own.
+    ray_tune: Any = trainable
+    before = ray_tune.DEFAULT_STORAGE_PATH
+    with tempfile.TemporaryDirectory(prefix="psv-results-") as directory:
+        ray_tune.DEFAULT_STORAGE_PATH = directory
+        try:
+            yield
+        finally:
+            ray_tune.DEFAULT_STORAGE_PATH = before
 
 
 def _add_evaluation(rllib: AlgorithmConfig, config: TrainingConfig) -> None:
@@ -139,10 +189,11 @@ def _lookback(config: TrainingConfig) -> int:
 
 
 def _episodes(value: Any) -> list[PlayedEpisode]:
-    # Once a series was logged, RLlib reports nan for an iteration that adds nothing to it.
+    # Once a series was logged, RLlib reports nan for an iteration that adds nothing to it, alone or
+    # in a list.
     if not isinstance(value, (list, tuple)):
         return []
-    return [PlayedEpisode(*item) for item in value]
+    return [PlayedEpisode(*item) for item in value if isinstance(item, (list, tuple))]
 
 
 def _number(value: Any) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 
 from training.config import (
     APPOTrainingConfig,
@@ -16,6 +15,7 @@ from training.config import (
     SACTrainingConfig,
     TrainingConfig,
 )
+from training.fast_learning import FastPPOLearner
 from training.reward_scaling import ScaledRewardPPOLearner
 
 FIRST_LR, LAST_LR, CONSTANT_LR = 1e-3, 0.0, 3e-4
@@ -55,7 +55,7 @@ def _ppo(given: TrainingConfig) -> AlgorithmConfig:
 
     config = cast(PPOTrainingConfig, given)
     settings = {**_settings(config), "lr": learning_rate(config)}
-    learner = ScaledRewardPPOLearner if config.scale_rewards else PPOTorchLearner
+    learner = ScaledRewardPPOLearner if config.scale_rewards else FastPPOLearner
     return PPOConfig().training(**settings, learner_class=learner)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.node import Node
 
 from training.errors import TrainingError
 from training.private_directory import private_directory
@@ -21,6 +22,9 @@ logger = logging.getLogger("policyserve.training")
 # Ray keeps this much shared memory for objects; weights and batches of vector policies are small.
 _OBJECT_STORE_BYTES = 256 * 2**20
 _RAY_DIRECTORY = "r"
+# The dashboard's server (it starts without a dashboard too), the autoscaler, and what would bring
+# workers' output here (`log_to_driver` is off): nothing for one run on one machine.
+_UNUSED_SERVICES = ("start_api_server", "start_monitor", "start_log_monitor")
 
 
 @contextmanager
@@ -46,22 +50,41 @@ def ray_cluster(*, n_workers: int, n_gpus: int) -> Iterator[None]:
         return
     with private_directory() as directory:
         try:
-            _init(
-                address="local",
-                num_cpus=n_workers + 1,
-                num_gpus=n_gpus,
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                # Ray opens its directory to every user of the machine: inside ours, which stays
-                # closed, that opens nothing.
-                _temp_dir=str(directory / _RAY_DIRECTORY),
-            )
+            with _fewer_services():
+                _init(
+                    address="local",
+                    num_cpus=n_workers + 1,
+                    num_gpus=n_gpus,
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    # Ray opens its directory to every user of the machine: inside ours, which stays
+                    # closed, that opens nothing.
+                    _temp_dir=str(directory / _RAY_DIRECTORY),
+                )
             yield
         except Exception:
             _keep_worker_tracebacks(directory / _RAY_DIRECTORY)
             raise
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _fewer_services() -> Iterator[None]:
+    # Half of the time that `ray.init` takes goes into these, which have no switch. A Ray that
+    # doesn't know one of them starts whatever it starts instead.
+    started = {name: getattr(Node, name) for name in _UNUSED_SERVICES if hasattr(Node, name)}
+
+    def start_nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    for name in started:
+        setattr(Node, name, start_nothing)
+    try:
+        yield
+    finally:
+        for name, start in started.items():
+            setattr(Node, name, start)
 
 
 def _keep_worker_tracebacks(directory: Path) -> None:

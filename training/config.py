@@ -16,7 +16,7 @@ from training.algorithm_settings import (
     PPOSettings,
     SACSettings,
 )
-from training.model_config import ModelConfig, QModelConfig
+from training.model_config import ModelConfig, QModelConfig, SACModelConfig
 from training.settings import (
     Count,
     ImportPath,
@@ -148,6 +148,10 @@ class TrainingConfig(Section):
     clip_actions: Switch = False
     """Without `normalize_actions`: Box actions are cut at the environment's bounds."""
 
+    flatten_observations: Literal["auto"] | Switch = "auto"
+    """auto flattens what RLlib's networks don't take to one float32 array; false leaves every
+    observation as it is, for an RLModule of your own."""
+
     observation_filter: Literal["none", "mean_std"] = "none"
     """mean_std: observations are shifted and scaled by their running mean and deviation, each
     component by its own, and cut at 10 deviations. The statistics are part of the policy."""
@@ -175,6 +179,15 @@ class TrainingConfig(Section):
 
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """When checkpoints are written."""
+
+    @model_validator(mode="after")
+    def _somebody_takes_the_observations(self) -> TrainingConfig:
+        if self.flatten_observations is False and self.model.module is None:
+            raise ValueError(
+                "`flatten_observations: false` is for an RLModule of your own (`model.module`); "
+                "RLlib's networks take float arrays with one axis, or images"
+            )
+        return self
 
     @model_validator(mode="after")
     def _evaluation_is_there_to_stop_on(self) -> TrainingConfig:
@@ -279,6 +292,9 @@ class SACTrainingConfig(_ReplayTrainingConfig):
 
     algo: Literal["SAC"] = "SAC"
     """The algorithm."""
+
+    model: SACModelConfig = Field(default_factory=SACModelConfig)
+    """The networks."""
 
     algo_config: SACSettings = Field(default_factory=SACSettings)
     """SAC's settings."""

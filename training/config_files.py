@@ -16,8 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from training.config import ALGORITHMS, TrainingConfig, settings_of
 from training.errors import ConfigError
+from training.plain_values import why_not_plain
 
 SHIPPED_CONFIGS = Path(__file__).parent / "configs"
+SEARCH_SECTION = "tune"
+"""The section that makes a config a search, of `policyserve tune`."""
 
 Key = tuple[str, ...]
 Values = dict[Key, Any]
@@ -80,13 +83,20 @@ def load_config(
     values: Values = {}
     sources: Sources = {}
     if config_file is not None:
-        _read_yaml(_find_config(config_file), values, sources)
+        document, lines = read_document(find_config(config_file))
+        if SEARCH_SECTION in document:
+            raise ConfigError(
+                f"{config_file} is a search (it has a `{SEARCH_SECTION}` section): run it with "
+                f"`policyserve tune {config_file}`"
+            )
+        values.update(_flatten(document, ()))
+        sources.update(lines)
     for name, value in (flags or {}).items():
         if value is not None:
             _replace(values, tuple(name.split(".")), value)
             sources[tuple(name.split("."))] = f"flag {_flag(name)}"
     for text in sets:
-        key, value = _parse_set(text)
+        key, value = parse_set(text)
         _replace(values, key, value)
         sources[key] = f"--set {text}"
     if ("env",) not in values:
@@ -94,26 +104,35 @@ def load_config(
     return _validate(values, sources)
 
 
-def config_from_mapping(document: Mapping[str, Any], *, source: str) -> TrainingConfig:
+def config_from_mapping(
+    document: Mapping[str, Any], *, source: str | Mapping[Key, str]
+) -> TrainingConfig:
     """Build a config from what a YAML file holds.
 
     Args:
         document: Nested as in the file.
-        source: Where it comes from, for the messages.
+        source: Where it comes from, for the messages; or where each key does, as `read_document`
+            says it.
 
     Raises:
         ConfigError: Any key or value is wrong.
     """
     values: Values = dict(_flatten(document, ()))
-    sources = {key[:end]: source for key in values for end in range(1, len(key) + 1)}
+    if isinstance(source, str):
+        sources = {key[:end]: source for key in values for end in range(1, len(key) + 1)}
+    else:
+        sources = dict(source)
     if ("env",) not in values:
-        raise ConfigError(f"no environment: {source} has no `env`")
+        raise ConfigError("no environment: give one with `env:`")
     return _validate(values, sources)
 
 
 def _validate(values: Values, sources: Sources) -> TrainingConfig:
     config_class = _config_class(values, sources)
     _check_keys(config_class, values, sources)
+    for key, value in values.items():
+        if problem := why_not_plain(value):
+            raise ConfigError(f"`{'.'.join(key)}`: {problem} ({_source(sources, key)})")
     try:
         return config_class.model_validate(_nest(values))
     except ValidationError as exc:
@@ -135,11 +154,16 @@ def shipped_for(env: str) -> list[str]:
     return [
         name
         for name, path in shipped_configs().items()
-        if yaml.load(path.read_text(encoding="utf-8"), _Loader).get("env") == env
+        if (document := read_document(path)[0]).get("env") == env and SEARCH_SECTION not in document
     ]
 
 
-def _find_config(given: str | Path) -> Path:
+def find_config(given: str | Path) -> Path:
+    """The file that a path or a shipped config's bare name means.
+
+    Raises:
+        ConfigError: There is none.
+    """
     path = Path(given)
     if path.is_file():
         return path
@@ -154,7 +178,12 @@ def _find_config(given: str | Path) -> Path:
     )
 
 
-def _read_yaml(path: Path, values: Values, sources: Sources) -> None:
+def read_document(path: Path) -> tuple[dict[str, Any], Sources]:
+    """Read a YAML file: what it holds, and the line of each of its keys.
+
+    Raises:
+        ConfigError: It can't be read, is not valid, or holds no `key: value` lines.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, _Loader)
@@ -169,10 +198,7 @@ def _read_yaml(path: Path, values: Values, sources: Sources) -> None:
     if not isinstance(document, dict):
         found = "nothing" if document is None else type(document).__name__
         raise ConfigError(f"{path} holds {found}, expected `key: value` lines")
-    for key, line in _key_lines(node, (), path):
-        sources[key] = f"{path} line {line}"
-    for key, value in _flatten(document, ()):
-        values[key] = value
+    return document, {key: f"{path} line {line}" for key, line in _key_lines(node, (), path)}
 
 
 def _key_lines(node: yaml.Node | None, prefix: Key, path: Path) -> Iterator[tuple[Key, int]]:
@@ -231,7 +257,12 @@ def _all_keys(config_class: type[TrainingConfig]) -> dict[Key, str]:
     return {key: key[-1] for key in below(())}
 
 
-def _parse_set(text: str) -> tuple[Key, Any]:
+def parse_set(text: str) -> tuple[Key, Any]:
+    """Split a `key=value` text: the key's path, and its value read as YAML.
+
+    Raises:
+        ConfigError: It is not of that form.
+    """
     name, equals, raw = text.partition("=")
     name = name.strip()
     if not equals or not name:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium
 
-from training.errors import ConfigError
+from training.errors import ConfigError, EnvironmentFailedError
 from training.import_paths import let_modules_of_this_directory_be_imported, load_object
 
 WrapperCall = tuple[str, Mapping[str, Any]]
@@ -31,17 +31,19 @@ def build_env(
         wrappers: The innermost first; each is called with the environment and its own arguments.
 
     Raises:
-        ConfigError: An import path leads nowhere, or what it names makes no environment.
-        Exception: Whatever `gymnasium.make`, the factory or a wrapper raises.
+        ConfigError: An import path leads nowhere, or what it names makes no environment; or a
+            wrapper does not take its arguments or this environment.
+        EnvironmentFailedError: A wrapper raised something else.
+        Exception: Whatever `gymnasium.make` or the factory raises.
     """
-    factory = _factory(env)
+    factory = find_factory(env)
     made = gymnasium.make(env, **env_config) if factory is None else factory(**env_config)
     if not isinstance(made, gymnasium.Env):
         raise ConfigError(
             f"`env` names {env}, which made a {type(made).__name__}, expected a gymnasium.Env"
         )
     for path, kwargs in wrappers:
-        made = load_object(path, setting="wrappers")(made, **kwargs)
+        made = _wrapped(made, path, kwargs)
         if not isinstance(made, gymnasium.Env):
             raise ConfigError(
                 f"`wrappers` names {path}, which made a {type(made).__name__}, expected a "
@@ -50,9 +52,32 @@ def build_env(
     return made
 
 
-def _factory(env: str) -> Any:
-    # `module:factory` where the module has a function or class of that name, else None: then it is
-    # `module:EnvId`, which Gymnasium makes once the module has registered it.
+def _wrapped(env: gymnasium.Env[Any, Any], path: str, kwargs: Mapping[str, Any]) -> Any:
+    wrapper = load_object(path, setting="wrappers")
+    given = ", ".join(kwargs) or "none"
+    try:
+        return wrapper(env, **kwargs)
+    except (TypeError, ImportError, gymnasium.error.Error) as exc:
+        raise ConfigError(
+            f"`wrappers` names {path}, which can't be put around the environment (arguments: "
+            f"{given}): {exc}"
+        ) from exc
+    except Exception as exc:  # a user's wrapper can raise anything
+        raise EnvironmentFailedError(
+            f"`wrappers` names {path}, which raised (arguments: {given}): {type(exc).__name__}: "
+            f"{exc}"
+        ) from exc
+
+
+def find_factory(env: str) -> Any:
+    """The function or class that `module:factory` names, else None.
+
+    None is a registered id, or `module:EnvId`, which Gymnasium makes once it has imported the
+    module.
+
+    Raises:
+        ImportError: There is no such module.
+    """
     module_name, colon, name = env.partition(":")
     if not colon:
         return None

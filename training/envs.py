@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from training.config import TrainingConfig
 from training.env_building import build_env
-from training.errors import ConfigError, EnvironmentFailedError
+from training.errors import ConfigError, EnvironmentFailedError, TrainingError
 from training.spaces import check_spaces, describe
 
 
@@ -35,6 +35,7 @@ def check_environment(config: TrainingConfig) -> list[str]:
         env = _make(config)
         try:
             notes = check_spaces(config, env.observation_space, env.action_space)
+            _check_evaluation(config, env)
             observation, _ = env.reset()
         except ConfigError:
             raise
@@ -52,11 +53,32 @@ def check_environment(config: TrainingConfig) -> list[str]:
     return notes
 
 
+def _check_evaluation(config: TrainingConfig, env: gymnasium.Env[Any, Any]) -> None:
+    changed = config.evaluation.env_config
+    if not (changed and config.evaluation.interval):
+        return
+    other = config.model_copy(update={"env_config": {**config.env_config, **changed}})
+    try:
+        evaluated = _make(other)
+    except ConfigError as exc:
+        raise ConfigError(f"with `evaluation.env_config` {exc.message}") from exc
+    try:
+        for name in ("observation_space", "action_space"):
+            found, expected = getattr(evaluated, name), getattr(env, name)
+            if found != expected:
+                raise ConfigError(
+                    f"with `evaluation.env_config` the environment has the {name} "
+                    f"{describe(found)}, and in training {describe(expected)}"
+                )
+    finally:
+        evaluated.close()
+
+
 def _make(config: TrainingConfig) -> gymnasium.Env[Any, Any]:
     env_id, env_config = config.env, config.env_config
     try:
         return build_env(env_id, env_config, tuple(config.wrapper_calls()))
-    except ConfigError:
+    except TrainingError:
         raise
     except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as exc:
         raise ConfigError(f"no environment {env_id!r}{_nearest(env_id)}") from exc
@@ -77,13 +99,11 @@ def _make(config: TrainingConfig) -> gymnasium.Env[Any, Any]:
 def _wrong_arguments(
     config: TrainingConfig, exc: TypeError
 ) -> ConfigError | EnvironmentFailedError:
-    given = [f"env_config: {', '.join(config.env_config)}"] if config.env_config else []
-    for path, kwargs in config.wrapper_calls():
-        given += [f"{path}: {', '.join(kwargs)}"] if kwargs else []
-    if not given:
+    if not config.env_config:
         return _failed(config.env, exc)
     return ConfigError(
-        f"environment {config.env!r} does not take these arguments ({'; '.join(given)}): {exc}"
+        f"environment {config.env!r} does not take these arguments (env_config: "
+        f"{', '.join(config.env_config)}): {exc}"
     )
 
 

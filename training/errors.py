@@ -43,7 +43,25 @@ class CheckpointNotFoundError(TrainingError):
     code = "checkpoint_not_found"
 
 
+class CheckpointDamagedError(TrainingError):
+    """A checkpoint that RLlib can't restore: damaged, or of other versions or settings."""
+
+    code = "checkpoint_error"
+
+
+class StorageError(TrainingError):
+    """What is at a URI can't be read or written: no such bucket, no credentials, no network."""
+
+    code = "storage_failed"
+
+
 class UntrustedCheckpointError(TrainingError):
     """A checkpoint (pickled code) would have to be loaded that this user's `train` did not sign."""
 
     code = "untrusted_checkpoint"
+
+
+class VideoError(TrainingError):
+    """The run has ended as it should, and its video could not be made."""
+
+    code = "video_failed"

@@ -35,6 +35,16 @@ class Evaluation:
         return statistics.pstdev(self.returns)
 
     @property
+    def n_terminated(self) -> int:
+        """Episodes that ended by the environment's own rule."""
+        return sum(episode.terminated for episode in self.episodes)
+
+    @property
+    def n_truncated(self) -> int:
+        """Episodes that were cut off."""
+        return sum(episode.truncated for episode in self.episodes)
+
+    @property
     def length_mean(self) -> float:
         """Mean episode length, in steps."""
         return statistics.fmean(episode.episode_length for episode in self.episodes)

@@ -11,7 +11,7 @@ from training.errors import ConfigError
 
 
 def let_modules_of_this_directory_be_imported() -> None:
-    """Let import paths name modules of the current directory, as for a script."""
+    """Let import paths name modules of the current directory, behind all that is installed."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)

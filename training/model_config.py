@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,25 @@ from training.settings import (
     Section,
     Switch,
 )
+
+Initializer = Literal[
+    "constant_",
+    "dirac_",
+    "eye_",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "normal_",
+    "ones_",
+    "orthogonal_",
+    "sparse_",
+    "trunc_normal_",
+    "uniform_",
+    "xavier_normal_",
+    "xavier_uniform_",
+    "zeros_",
+]
+"""Functions of `torch.nn.init` that change a tensor in place, which RLlib asks for; written out, as
+a config is read without torch."""
 
 
 class ModelConfig(Section):
@@ -34,7 +53,7 @@ class ModelConfig(Section):
     fcnet_use_layernorm: Switch = False
     """Put a layer norm behind each hidden layer."""
 
-    fcnet_kernel_initializer: str | None = None
+    fcnet_kernel_initializer: Initializer | None = None
     """A `torch.nn.init` name, e.g. "orthogonal_"; null is torch's default for linear layers."""
 
     fcnet_kernel_initializer_kwargs: dict[str, Any] | None = None
@@ -49,7 +68,7 @@ class ModelConfig(Section):
     head_fcnet_use_layernorm: Switch = False
     """Put a layer norm behind each hidden layer of the heads."""
 
-    head_fcnet_kernel_initializer: str | None = None
+    head_fcnet_kernel_initializer: Initializer | None = None
     """A `torch.nn.init` name for the heads."""
 
     head_fcnet_kernel_initializer_kwargs: dict[str, Any] | None = None
@@ -119,3 +138,14 @@ class QModelConfig(ModelConfig):
 
     fcnet_activation: Activation = "relu"
     """Activation of the hidden layers."""
+
+
+class SACModelConfig(QModelConfig):
+    """SAC's networks: with Box actions the Q-networks see the observation and the action apart."""
+
+    fusionnet_hiddens: Layers = ()
+    """Units of hidden layers that see both together, before the one that joins them. RLlib has two
+    of 256 here, which take most of an update's time."""
+
+    fusionnet_activation: Activation = "relu"
+    """Activation of the layers that see both together."""

@@ -35,7 +35,9 @@ def plan_pieces(config: TrainingConfig, space: spaces.Space[Any]) -> tuple[Piece
     has_previous = bool(config.prev_actions or config.prev_rewards)
     if has_previous:
         pieces.append("prev_actions_prev_rewards")
-    if has_previous or not (is_vector(space) or is_float_image(space)):
+    fits = is_vector(space) or is_float_image(space)
+    wanted = config.flatten_observations
+    if has_previous or wanted is True or (wanted == "auto" and not fits):
         pieces.append("flatten")
     if config.observation_filter == "mean_std":
         pieces.append("mean_std")

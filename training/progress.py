@@ -37,6 +37,8 @@ class ProgressRow:
         evaluation_return_std: Its population's standard deviation.
         evaluation_length_mean: Of the same episodes, in steps.
         n_evaluation_episodes: How many it has.
+        n_evaluation_terminated: Of them, those that ended by the environment's own rule.
+        n_evaluation_truncated: Of them, those that were cut off.
         env_steps_per_s: In this iteration, learning included, without the evaluation.
         losses: The algorithm's own columns (`training.losses.LOSSES`); docs/metrics.md has them.
     """
@@ -55,6 +57,8 @@ class ProgressRow:
     evaluation_return_std: float | None
     evaluation_length_mean: float | None
     n_evaluation_episodes: int | None
+    n_evaluation_terminated: int | None
+    n_evaluation_truncated: int | None
     env_steps_per_s: float
     losses: Mapping[str, float]
 
@@ -121,8 +125,8 @@ class ProgressLine:
         parts = [
             f"iteration {row.iteration}",
             f"{row.env_steps:,} steps",
-            "return -" if mean is None else f"return {mean:.1f}",
-            "" if self._evaluation is None else f"evaluation {self._evaluation:.1f}",
+            "return -" if mean is None else f"return {return_text(mean)}",
+            "" if self._evaluation is None else f"evaluation {return_text(self._evaluation)}",
             f"{self._speed or 0.0:,.0f} steps/s",
             self._left(row),
         ]
@@ -139,6 +143,11 @@ class ProgressLine:
         # A stop return can come at any time, so with one the time is an upper bound.
         bound = "at most " if self._stop.episode_return is not None else ""
         return f"{bound}{_duration(min(left))} left"
+
+
+def return_text(value: float) -> str:
+    """A return for the terminal: 484.0, -1076.1, 0.744."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:

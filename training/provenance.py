@@ -121,6 +121,20 @@ def verify_checkpoint(path: Path) -> Provenance:
     return Provenance(True, "this user's own `policyserve train` wrote it", facts)
 
 
+def why_damaged(path: Path) -> str | None:
+    """Say how a checkpoint's files differ from the list in it; None where they don't.
+
+    Whoever wrote the checkpoint wrote the list: this finds accidents, `verify_checkpoint` intent.
+    """
+    try:
+        document = json.loads((path / SIGNATURE_FILE).read_text(encoding="utf-8"))
+        return _why_files_differ(path, dict(document["files"]))
+    except FileNotFoundError:
+        return f"{SIGNATURE_FILE} is missing"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return f"{SIGNATURE_FILE} is damaged"
+
+
 def _why_not_signed(document: Mapping[str, Any]) -> str | None:
     signature = document.get("hmac")
     if not isinstance(signature, str) or not isinstance(document.get("files"), dict):
@@ -148,7 +162,7 @@ def _why_files_differ(path: Path, signed: Mapping[str, str]) -> str | None:
     if extra := sorted(found - set(signed)):
         return f"a file was added since it was signed: {extra[0]}"
     for name in sorted(signed):
-        if not hmac.compare_digest(signed[name], _sha256(path / name)):
+        if not hmac.compare_digest(str(signed[name]), _sha256(path / name)):
             return f"a file changed since it was signed: {name}"
     return None
 

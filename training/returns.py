@@ -72,8 +72,9 @@ class ReturnTracker:
 class BestPolicy:
     """Knows whether the policy of now is the best so far, by the returns of some episodes.
 
-    The best is the latest whose mean lies at most one standard error below the highest. Of equals
-    the later one has learned longer, and the highest of many noisy means is mostly luck.
+    The best is the latest whose mean reaches the highest of all means less their own standard
+    errors. Of equals the later one has learned longer, and the highest of many noisy means is
+    mostly luck.
     """
 
     def __init__(self) -> None:

@@ -11,13 +11,15 @@ environment. Here each chunk of an episode starts its discounted return at 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
-from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
 from ray.rllib.connectors.connector_v2 import ConnectorV2
 from ray.rllib.connectors.learner import GeneralAdvantageEstimation
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
+
+from training.fast_learning import FastPPOLearner
 
 _STATE_KEY = "policyserve_reward_moments"
 
@@ -33,31 +35,47 @@ class ScaleRewards(ConnectorV2):
 
     def __call__(self, *, batch: dict[str, Any], episodes: list[Any], **_: Any) -> dict[str, Any]:
         """Take the episodes into the statistics and scale the batch's rewards."""
+        module_batch = batch[DEFAULT_MODULE_ID]
+        rewards = [episode.get_rewards() for episode in episodes]
+        module_batch[Columns.REWARDS] = self.scale(module_batch[Columns.REWARDS], rewards)
+        return batch
+
+    def scale(self, rewards: Any, episodes: Iterable[Iterable[float]]) -> Any:
+        """Take episodes into the statistics and scale rewards.
+
+        Args:
+            rewards: Of all the episodes; a tensor or an array of any shape.
+            episodes: Each episode's rewards.
+        """
         discounted: list[float] = []
         for episode in episodes:
             running = 0.0
-            for reward in episode.get_rewards():
+            for reward in episode:
                 running = self.gamma * running + float(reward)
                 discounted.append(running)
         self.moments = _merge(self.moments, discounted)
         count, _mean, squares = self.moments
-        if count:
-            module_batch = batch[DEFAULT_MODULE_ID]
-            # Returns that never differ (rewards of 0 so far) have no scale to divide by.
-            scale = math.sqrt(squares / count) or 1.0
-            module_batch[Columns.REWARDS] = module_batch[Columns.REWARDS] / scale
-        return batch
+        # Returns that never differ (rewards of 0 so far) have no scale to divide by.
+        return rewards / (math.sqrt(squares / count) or 1.0) if count else rewards
 
 
-class ScaledRewardPPOLearner(PPOTorchLearner):
+class ScaledRewardPPOLearner(FastPPOLearner):
     """RLlib's PPO learner with `ScaleRewards` before the advantages are estimated."""
 
-    def build(self) -> None:
-        """Build RLlib's pipeline, then put the scaling into it."""
-        super().build()
+    def complete_pipeline(self) -> None:
+        """Put the scaling into RLlib's pipeline."""
         self.reward_scaling = ScaleRewards(gamma=self.config.gamma)
         assert self._learner_connector is not None  # RLlib builds one unless told not to
         self._learner_connector.insert_before(GeneralAdvantageEstimation, self.reward_scaling)
+
+    def lean_pipeline(self) -> list[str]:
+        """RLlib's pieces, and the scaling before the advantages."""
+        *before, advantages = super().lean_pipeline()
+        return [*before, ScaleRewards.__name__, advantages]
+
+    def scale_rewards(self, rewards: Any, episodes: list[Any]) -> Any:
+        """Scale rewards (R,), given each episode's own."""
+        return self.reward_scaling.scale(rewards, episodes)
 
     # RLlib's checkpoints leave a learner's connectors out, so their state goes with the learner's.
     def get_state(

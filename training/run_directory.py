@@ -4,10 +4,11 @@ RUN_DIR/
   run.json         the marker: environment, algorithm, seed, versions, machine
   config.yaml      the config in force; `policyserve train config.yaml` takes it
   progress.csv     one row per iteration
+  tensorboard/     the same as TensorBoard event files
   result.json      how it ended
   train.log        whatever Ray and RLlib said, and the traceback of a failed run
-  checkpoints/     iteration_000020/ ..., and the links `best` and `last`
-  replay_buffer/   off-policy algorithms: what the newest checkpoint goes on learning from
+  checkpoints/     iteration_000020/ ..., and the links `best`, `last`, `initial`
+  replay_buffer/   off-policy algorithms: what the two newest checkpoints go on learning from
 """
 
 from __future__ import annotations
@@ -15,21 +16,32 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import json
-import os
+import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.durable_files import (
+    delete_leftovers,
+    delete_tree,
+    sync,
+    sync_tree,
+    temporary_name,
+    write_text,
+)
 from training.errors import CheckpointNotFoundError, ConfigError
 
 RUN_FORMAT = "policyserve-run"
 RUN_FORMAT_VERSION = 1
-BEST, LAST = "best", "last"
+BEST, LAST, INITIAL = "best", "last", "initial"
 _RLLIB_MARKER = "rllib_checkpoint.json"  # RLlib writes it into every Algorithm checkpoint
 _ITERATION = re.compile(r"iteration_(\d{6,})")
+# A fast run saves several times a second, and a checkpoint takes some 50 ms to be on the disk.
+_PRUNE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,10 @@ class RunDirectory:
         self.progress_file = self.path / "progress.csv"
         self.result_file = self.path / "result.json"
         self.log_file = self.path / "train.log"
+        self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.replay_buffer = self.path / "replay_buffer"
+        self._pruned_at_s = -math.inf
 
     def create(self, facts: Mapping[str, Any], config_yaml: str) -> None:
         """Start a new run here.
@@ -101,7 +115,7 @@ class RunDirectory:
 
     def write_config(self, config_yaml: str) -> None:
         """Write the config in force."""
-        _write_text(self.config_file, config_yaml)
+        write_text(self.config_file, config_yaml)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`."""
@@ -118,13 +132,15 @@ class RunDirectory:
             The checkpoint directory. One of the same iteration is replaced.
         """
         final = self.checkpoints / f"iteration_{iteration:06d}"
-        temporary = self.checkpoints / f".{final.name}.{os.getpid()}.tmp"
+        temporary = temporary_name(self.checkpoints / f"new_{final.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             write(temporary)
+            if self.progress_file.exists():  # no checkpoint is found later without its rows
+                sync(self.progress_file)
             if final.exists():
-                shutil.rmtree(final)
+                delete_tree(final)
             temporary.rename(final)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -133,7 +149,7 @@ class RunDirectory:
 
     def link(self, name: str, checkpoint: Path) -> None:
         """Point `checkpoints/<name>` at a checkpoint, in one step."""
-        temporary = self.checkpoints / f".{name}.{os.getpid()}.tmp"
+        temporary = temporary_name(self.checkpoints / name)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(checkpoint.name)
         link = self.checkpoints / name
@@ -156,34 +172,67 @@ class RunDirectory:
     def all_checkpoints(self) -> list[Path]:
         """Every whole checkpoint, newest iteration first."""
         found = self.checkpoints.glob("iteration_*") if self.checkpoints.is_dir() else ()
-        whole = [path for path in found if _ITERATION.fullmatch(path.name) and _is_checkpoint(path)]
-        return sorted(whole, key=lambda path: int(path.name.split("_")[1]), reverse=True)
+        whole = [path for path in found if is_checkpoint_name(path.name) and _is_checkpoint(path)]
+        return sorted(whole, key=iteration_of, reverse=True)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints; `best` and `last` always stay."""
-        linked = {self.linked(BEST), self.linked(LAST)}
-        for path in self.all_checkpoints()[keep:]:
-            if path.resolve() not in linked:
-                shutil.rmtree(path)
+    def prune(self, keep: int, *, is_last: bool = True) -> None:
+        """Delete all but the newest `keep` checkpoints; linked ones always stay.
+
+        The newest is on the disk before an older one is deleted, so that a power cut leaves one.
+
+        Args:
+            keep: How many stay.
+            is_last: No further call follows soon; others are put off where one was a moment ago.
+        """
+        if not is_last and time.monotonic() - self._pruned_at_s < _PRUNE_EVERY_S:
+            return
+        linked = {self.linked(name) for name in (BEST, LAST, INITIAL)}
+        newest_first = self.all_checkpoints()
+        doomed = [path for path in newest_first[keep:] if path.resolve() not in linked]
+        if not doomed:
+            return
+        sync_tree(newest_first[0])
+        for path in doomed:
+            delete_tree(path)
+        self._pruned_at_s = time.monotonic()
 
     def drop_after(self, iteration: int) -> None:
-        """Forget what came after an iteration: its progress rows and checkpoints.
+        """Forget what came after an iteration: its checkpoints and progress rows, and the result.
 
         A run that was killed may have logged iterations past the checkpoint that it resumes from;
         without this the resumed curve would hold them twice.
         """
-        if self.progress_file.exists():
-            with self.progress_file.open(newline="", encoding="utf-8") as file:
-                header, *rows = [row for row in csv.reader(file) if row] or [[]]
-            # A row cut short by the kill is dropped too.
-            kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= iteration]
-            lines = [",".join(row) for row in [header, *kept] if row]
-            _write_text(self.progress_file, "".join(line + "\n" for line in lines))
+        # The rows last: killed in between, no checkpoint is left whose rows are gone.
         for path in self.all_checkpoints():
-            if int(path.name.split("_")[1]) > iteration:
-                shutil.rmtree(path)
-        for leftover in self.checkpoints.glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if iteration_of(path) > iteration:
+                delete_tree(path)
+        self.result_file.unlink(missing_ok=True)
+        self._drop_rows_after(iteration)
+        for directory in (self.path, self.checkpoints, self.replay_buffer):
+            delete_leftovers(directory)
+
+    def _drop_rows_after(self, iteration: int) -> None:
+        if not self.progress_file.exists():
+            return
+        # Bytes that are no text are the rest of a row that a power cut ended.
+        text = self.progress_file.read_text(encoding="utf-8", errors="replace")
+        header, *lines = text.splitlines(keepends=True) or [""]
+        n_cells = len(next(csv.reader([header]), []))
+        kept = [line for line in lines if _is_row(line, n_cells, iteration)]
+        if kept:
+            write_text(self.progress_file, "".join([header, *kept]))
+        else:  # the header may have been cut short as well
+            self.progress_file.unlink()
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a run could have a checkpoint of that name."""
+    return _ITERATION.fullmatch(name) is not None
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration that a checkpoint of a run follows."""
+    return int(checkpoint.name.split("_")[1])
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -245,15 +294,16 @@ def read_run(path: Path) -> RunInfo:
         raise CheckpointNotFoundError(f"{marker} lacks {exc.args[0]!r}: it is damaged") from exc
 
 
+def _is_row(line: str, n_cells: int, last_iteration: int) -> bool:
+    # A row that a kill or a full disk cut short lacks cells, or at least the end of its line.
+    first, *others = line.split(",")
+    is_whole = line.endswith("\n") and 1 + len(others) == n_cells and first.isdecimal()
+    return is_whole and int(first) <= last_iteration
+
+
 def _is_checkpoint(path: Path) -> bool:
     return (path / _RLLIB_MARKER).is_file()
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -188,6 +188,8 @@ def _check_frame_stack(config: TrainingConfig, space: spaces.Space[Any]) -> None
 
 
 def _check_convolutions(config: TrainingConfig, space: spaces.Space[Any]) -> None:
+    if config.model.module is not None:
+        return
     is_flat = "flatten" in plan_pieces(config, space)
     if not is_flat and is_float_image(space):
         height, width = (space.shape or ())[:2]

@@ -24,7 +24,7 @@ from serving.engines.onnx_engine import OnnxGraph
 from serving.engines.onnx_model import check_safety
 from serving.errors import UsageError
 from serving.interface import PolicyOutput
-from serving.rollout import EnvironmentFailedError
+from serving.play_loop import EnvironmentFailedError
 from serving.verification import load_verified_policy
 from tests.export.checkpoints import Case, write_checkpoint
 

@@ -64,7 +64,8 @@ import json, sys
 for name in ("ray", "torch", "onnx"):
     sys.modules[name] = None  # an import of it fails
 import tests.environments
-from serving.rollout import evaluate_policy, make_env
+from serving.environments import make_env
+from serving.rollout import evaluate_policy
 from serving.verification import load_verified_policy
 
 bundle, env_id, n_episodes = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -11,16 +11,12 @@ from scipy import stats
 
 from serving.client import PolicyClient
 from serving.config import ServingConfig
+from serving.environments import make_env
 from serving.episodes import EpisodeResult, RolloutResult
 from serving.errors import UsageError
 from serving.interface import Policy, PolicyOutput
-from serving.rollout import (
-    EnvironmentFailedError,
-    RandomPolicy,
-    check_spaces,
-    evaluate_policy,
-    make_env,
-)
+from serving.play_loop import EnvironmentFailedError
+from serving.rollout import RandomPolicy, check_spaces, evaluate_policy
 from serving.spaces import space_from_gymnasium
 from tests.serving.conftest import serving_services
 from tests.serving.numpy_policies import (

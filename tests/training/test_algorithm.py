@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 CHECK = """
 from training.algorithm import rllib_config
 from training.config_files import load_config
+from training.rllib_env import environment_id, evaluation_environment, rllib_environment
 
 def built(*sets):
     flags = {"env": "Pendulum-v1", "seed": 1, "num_env_runners": 2}
@@ -36,6 +37,18 @@ for fragment in (1, 7, 21, 22, 32, 33, 60, 64, 65, 70, 71, 128, 1024):
             built(f"rollout_fragment_length={fragment}")
     else:
         built(f"rollout_fragment_length={fragment}")
+
+# Ray keeps one registry for all trials of a search, and the last to register a name has it.
+around = (
+    "wrappers=[training.wrappers:SelectComponents]",
+    "wrappers=[{training.wrappers:SelectComponents: {components: [0]}}]",
+    "evaluation.max_episode_steps=7",
+)
+configs = [load_config(flags={"env": "CartPole-v1"}, sets=[text]) for text in around]
+assert len({rllib_environment(config) for config in configs}) == 3
+assert len({evaluation_environment(config) for config in configs}) == 3
+assert {environment_id(rllib_environment(config)) for config in configs} == {"CartPole-v1"}
+assert rllib_environment(configs[2]) == "CartPole-v1"  # as any RLlib knows it
 """
 
 

@@ -5,10 +5,11 @@ import io
 import math
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from training.config import StopConfig
-from training.progress import ProgressFile, ProgressLine, ProgressRow
+from training.progress import ProgressFile, ProgressLine, ProgressRow, return_text
 
 ROW = ProgressRow(
     iteration=4,
@@ -25,6 +26,8 @@ ROW = ProgressRow(
     evaluation_return_std=None,
     evaluation_length_mean=None,
     n_evaluation_episodes=None,
+    n_evaluation_terminated=None,
+    n_evaluation_truncated=None,
     env_steps_per_s=2000.0,
     losses={"policy_loss": -0.01, "vf_loss": 0.5},
 )
@@ -34,6 +37,8 @@ EVALUATED = replace(
     evaluation_return_std=1.5,
     evaluation_length_mean=41.0,
     n_evaluation_episodes=10,
+    n_evaluation_terminated=9,
+    n_evaluation_truncated=1,
 )
 
 
@@ -84,3 +89,10 @@ def test_before_an_episode_has_ended_there_is_no_return():
     (line,) = lines(StopConfig(time_s=600.0), replace(ROW, episode_return_mean=None))
     assert "return -" in line
     assert "9 min 58 s left" in line
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(484.04, "484.0"), (-1076.14, "-1076.1"), (0.7441, "0.744"), (0.0, "0")]
+)
+def test_small_returns_keep_their_digits(value, text):
+    assert return_text(value) == text

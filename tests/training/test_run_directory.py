@@ -1,11 +1,18 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import pickle
 import shutil
 
 import pytest
 
 from training.errors import CheckpointNotFoundError, ConfigError
+from training.replay_buffer import (
+    prune_replay_buffers,
+    restore_replay_buffer,
+    save_replay_buffer,
+)
 from training.run_directory import BEST, LAST, RunDirectory, find_checkpoint, read_run
 
 FACTS = {
@@ -161,3 +168,56 @@ def test_a_copy_of_a_run_that_followed_its_links_goes_on(run):
     (run.checkpoints / "copy").rename(run.checkpoints / LAST)
     newest = save(run, 2)
     assert run.linked(LAST) == newest
+
+
+class Buffered:
+    """An algorithm, and its replay buffer."""
+
+    def __init__(self, state=None):
+        self.local_replay_buffer = self
+        self.state = state
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+def test_the_two_newest_checkpoints_keep_their_replay_buffers(run):
+    facts = []
+    for iteration in (1, 2, 3):
+        facts.append(
+            save_replay_buffer(Buffered(f"steps {iteration}"), run.replay_buffer, iteration)
+        )
+        save(run, iteration)
+        prune_replay_buffers(run.replay_buffer, run.all_checkpoints())
+    restored = [Buffered("none") for _ in facts]
+    found = [
+        restore_replay_buffer(one, run.replay_buffer, of)
+        for one, of in zip(restored, facts, strict=True)
+    ]
+    assert found == [False, True, True]
+    assert [one.state for one in restored] == ["none", "steps 2", "steps 3"]
+    (run.replay_buffer / facts[2]["file"]).write_bytes(pickle.dumps("steps of another"))
+    assert not restore_replay_buffer(restored[0], run.replay_buffer, facts[2])
+    assert restored[0].state == "none"
+
+
+def test_a_replay_buffer_that_is_replaced_while_it_is_read_is_not_unpickled(run, monkeypatch):
+    facts = save_replay_buffer(Buffered("steps"), run.replay_buffer, 1)
+    file, other = run.replay_buffer / facts["file"], run.path / "other.pkl"
+    other.write_bytes(pickle.dumps("steps of another"))
+    really_open = pathlib.Path.open
+
+    def open_and_replace(path, *args, **kwargs):
+        opened = really_open(path, *args, **kwargs)
+        if path == file and other.exists():
+            other.replace(file)
+        return opened
+
+    monkeypatch.setattr(pathlib.Path, "open", open_and_replace)
+    restored = Buffered()
+    assert restore_replay_buffer(restored, run.replay_buffer, facts)
+    assert restored.state == "steps"
+    assert pickle.loads(file.read_bytes()) == "steps of another"

@@ -1,0 +1,1 @@
+"""Figures of runs and searches, drawn from the files that they leave."""
