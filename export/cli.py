@@ -19,6 +19,14 @@ from serving.cli import Protocol
 from serving.errors import UsageError
 from serving.interface import Policy
 from serving.manifest import PolicyManifest
+from serving.options import (
+    ActionMaskOption,
+    EnvConfigOption,
+    EnvOption,
+    SeedOption,
+    StochasticOption,
+    WrapperOption,
+)
 from serving.spaces import space_from_gymnasium
 from training.import_paths import let_modules_of_this_directory_be_imported
 from training.progress import return_text
@@ -245,30 +253,13 @@ def evaluate(
             metavar="POLICY",
         ),
     ],
-    env: Annotated[
-        str | None,
-        typer.Option(help="A Gymnasium environment id [the one the policy names].", metavar="ID"),
-    ] = None,
-    env_config: Annotated[
-        str | None, typer.Option(help="The environment's keyword arguments.", metavar="JSON")
-    ] = None,
-    wrapper: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A wrapper around the environment: module:Class, or module:Class=JSON with its "
-            "arguments; repeatable.",
-            metavar="PATH",
-        ),
-    ] = None,
+    env: EnvOption = None,
+    env_config: EnvConfigOption = None,
+    wrapper: WrapperOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes to play.", min=1)] = 20,
-    seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
-    stochastic: Annotated[
-        bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
-    ] = False,
-    action_mask: Annotated[
-        bool,
-        typer.Option("--action-mask", help="Allow only what the environment's info allows."),
-    ] = False,
+    seed: SeedOption = 0,
+    stochastic: StochasticOption = False,
+    action_mask: ActionMaskOption = False,
     protocol: Annotated[
         Protocol, typer.Option(help="How to speak to a served policy; see `policyserve play`.")
     ] = Protocol.http,

@@ -13,6 +13,14 @@ from rich.console import Console
 
 from serving.cli import Protocol
 from serving.errors import UsageError
+from serving.options import (
+    ActionMaskOption,
+    EnvConfigOption,
+    EnvOption,
+    SeedOption,
+    StochasticOption,
+    WrapperOption,
+)
 
 if TYPE_CHECKING:
     from export.recording.record import Player, Recording
@@ -34,27 +42,15 @@ def record(
         Path,
         typer.Option("--output", "-o", help="The video: .mp4 or .gif.", metavar="FILE"),
     ],
-    env: Annotated[
-        str | None,
-        typer.Option(help="A Gymnasium environment id [the one the policy names].", metavar="ID"),
-    ] = None,
-    env_config: Annotated[
-        str | None, typer.Option(help="The environment's keyword arguments.", metavar="JSON")
-    ] = None,
-    wrapper: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A wrapper around the environment: module:Class, or module:Class=JSON with its "
-            "arguments; repeatable.",
-            metavar="PATH",
-        ),
-    ] = None,
+    env: EnvOption = None,
+    env_config: EnvConfigOption = None,
+    wrapper: WrapperOption = None,
     title: Annotated[
         list[str] | None,
         typer.Option(help="A panel's title, one for each POLICY in their order.", metavar="TEXT"),
     ] = None,
     episodes: Annotated[int, typer.Option(help="Episodes to play.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
+    seed: SeedOption = 0,
     fps: Annotated[
         float | None,
         typer.Option(
@@ -66,13 +62,8 @@ def record(
     max_steps: Annotated[
         int | None, typer.Option(help="Cut an episode after so many steps.", min=1)
     ] = None,
-    stochastic: Annotated[
-        bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
-    ] = False,
-    action_mask: Annotated[
-        bool,
-        typer.Option("--action-mask", help="Allow only what the environment's info allows."),
-    ] = False,
+    stochastic: StochasticOption = False,
+    action_mask: ActionMaskOption = False,
     scale: Annotated[
         float | None,
         typer.Option(

@@ -19,6 +19,14 @@ from rich.table import Table
 from serving.bundle import Bundle, read_bundle
 from serving.errors import UsageError
 from serving.inspection import interface_rows, origin_rows
+from serving.options import (
+    ActionMaskOption,
+    EnvConfigOption,
+    EnvOption,
+    SeedOption,
+    StochasticOption,
+    WrapperOption,
+)
 from serving.spaces import describe_space
 
 if TYPE_CHECKING:  # pydantic is not needed by the commands that only ask
@@ -308,25 +316,9 @@ def _environment(
 
 def play(
     url: Annotated[str, typer.Argument(help="http://HOST:PORT/v1/policies/NAME", metavar="URL")],
-    env: Annotated[
-        str | None,
-        typer.Option(
-            help="A Gymnasium environment id, or module:factory [the one the policy was trained "
-            "in].",
-            metavar="ID",
-        ),
-    ] = None,
-    env_config: Annotated[
-        str | None, typer.Option(help="The environment's keyword arguments.", metavar="JSON")
-    ] = None,
-    wrapper: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A wrapper around the environment: module:Class, or module:Class=JSON with its "
-            "arguments; repeatable.",
-            metavar="PATH",
-        ),
-    ] = None,
+    env: EnvOption = None,
+    env_config: EnvConfigOption = None,
+    wrapper: WrapperOption = None,
     episodes: Annotated[int, typer.Option(help="Episodes to play.", min=1)] = 10,
     num_envs: Annotated[
         int, typer.Option(help="Environments stepped together, one request a step.", min=1)
@@ -335,14 +327,9 @@ def play(
         Protocol,
         typer.Option(help="A request for each step, or one WebSocket for all: the fastest."),
     ] = Protocol.http,
-    seed: Annotated[int, typer.Option(help="Episode i is reset with seed + i.", min=0)] = 0,
-    stochastic: Annotated[
-        bool, typer.Option("--stochastic", help="Sample instead of the most likely action.")
-    ] = False,
-    action_mask: Annotated[
-        bool,
-        typer.Option("--action-mask", help="Allow only what the environment's info allows."),
-    ] = False,
+    seed: SeedOption = 0,
+    stochastic: StochasticOption = False,
+    action_mask: ActionMaskOption = False,
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for a step.", min=0.001)] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
